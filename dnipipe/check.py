@@ -1,0 +1,63 @@
+"""`dnipipe check`: one batch through all stages in one process, and the plan it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dnipipe.messages import Activation, Gradient, Message
+from dnipipe.metrics import StageMetrics
+from dnipipe.result import table
+from dnipipe.session import Job, build_stage, first_batch, plan_for, total_batches
+from dnipipe.split import Plan
+from dnipipe.stage import Stage
+
+REPEATS = 6  # batches, so that the cost of a first one does not count for much
+
+
+def check(job: Job) -> Iterator[str]:
+    """The plan, line by line: what is cut where, shapes and bytes on each edge, parameters, the predictors' cost."""
+    settings, task = job.config, job.task()
+    x, y = first_batch(task)
+    torch.manual_seed(settings.train.seed)
+    model = job.model()
+    plan = plan_for(settings, model, x, y, task.classes)
+    total = total_batches(settings, task)
+    measured = [StageMetrics(k, plan.stages) for k in range(plan.stages)]
+    stages = [build_stage(job, model, plan, k, total, measured[k]) for k in range(plan.stages)]
+    for batch in range(1, 1 + REPEATS):
+        one_batch(stages, Activation(batch, x, y))
+    yield f"data    {task.corpus}; {len(task.train)} batches an epoch, {total} to train"
+    yield from table(plan)
+    for k, stage in enumerate(stages[:-1]):
+        yield _edge(plan, k) + _predictor(stage, measured[k])
+    yield f"rule    {settings.rule.name}: {REPEATS} batches went through all stages in one process"
+
+
+def one_batch(stages: list[Stage], first: Activation) -> None:
+    """Drive one batch through all stages, in turns: down with its activations, up with its gradients."""
+    inbox: list[tuple[int, Message]] = [(0, first)]
+    while inbox:
+        k, message = inbox.pop(0)
+        for out in stages[k].handle(message):
+            inbox.append((k - 1, out) if isinstance(out, Gradient) else (k + 1, out))
+
+
+def _edge(plan: Plan, k: int) -> str:
+    layer = plan.layers_of(k)[-1]
+    size = torch.empty(0, dtype=getattr(torch, plan.dtypes[layer])).element_size()
+    for length in plan.shapes[layer]:
+        size *= length
+    return (
+        f"edge {k} → {k + 1}  {plan.dtypes[layer]} {list(plan.shapes[layer])}, {size / 1024:.0f} KiB a batch each way"
+    )
+
+
+def _predictor(stage: Stage, measured: StageMetrics) -> str:
+    if stage.rule.predictor is None:
+        return ""
+    seconds = measured.clock.seconds()
+    work = sum(seconds.get(label, 0.0) for label in ("forward", "backward", "predictor", "optimizer"))
+    count = sum(p.numel() for p in stage.rule.predictor.parameters())
+    return f"; predictor {count:,} parameters, {seconds.get('predictor', 0.0) / work:.0%} of stage {stage.index}'s time"

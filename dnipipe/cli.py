@@ -1,0 +1,119 @@
+"""dnipipe train | check | export | settings.
+
+Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from dnipipe.config import Config, describe, load, replace
+from dnipipe.errors import ConfigError, DnipipeError, UsageError
+from dnipipe.folders import new_run, newest_run, write_config
+from dnipipe.launcher import is_worker, launch
+
+NEWEST = "newest"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 2 for what can be mended, 1 for a run that failed."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    try:
+        status: int = options.run(options, rest)
+        return status
+    except DnipipeError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"dnipipe: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dnipipe", description="Pipeline-parallel training whose stages never wait.")
+    commands = parser.add_subparsers(title="commands")
+    train = commands.add_parser("train", help="train a model, one process a stage", allow_abbrev=False, epilog=__doc__)
+    train.add_argument("config", nargs="?", help="TOML file; none: a small language model on Python's own sources")
+    train.add_argument(
+        "--resume", nargs="?", const=NEWEST, metavar="RUN", help="continue RUN (default: the newest run)"
+    )
+    train.add_argument("--quiet", action="store_true", help="print only the result")
+    train.set_defaults(run=_train)
+    check = commands.add_parser("check", help="send one batch through all stages in one process; print the plan")
+    check.add_argument("config", nargs="?", help="TOML file")
+    check.set_defaults(run=_check)
+    export = commands.add_parser("export", help="the trained weights as one safetensors file")
+    export.add_argument("folder", help="folder of the run")
+    export.add_argument("-o", "--output", required=True, help="file to write")
+    export.set_defaults(run=_export)
+    settings = commands.add_parser("settings", help="list every setting, its default and what it does")
+    settings.set_defaults(run=_settings)
+    for command in (train, check, export, settings):
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    config, folder = _configured(options, overrides)
+    if is_worker():
+        from dnipipe.jobs import job_of
+        from dnipipe.process import guarded
+
+        return guarded(job_of(config), options.resume is not None, options.debug)
+    command = ["-m", "dnipipe", "train", str(write_config(folder, config))]
+    command += ["--resume", str(folder)] * (options.resume is not None) + ["--debug"] * options.debug
+    status = launch(config.pipeline.stages, command, debug=options.debug)
+    if status == UsageError.exit_status and os.listdir(folder) == ["config.toml"]:
+        shutil.rmtree(folder)  # nothing ever ran in it
+    return status
+
+
+def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, Path]:
+    """The file's settings, the command line's on top, and the folder of the run."""
+    path = Path(options.config) if options.config else None
+    resumed = None
+    if options.resume:
+        resumed = (
+            Path(options.resume) if options.resume != NEWEST else newest_run(Path(load(path, overrides).output.dir))
+        )
+    config = load(resumed / "config.toml" if resumed and path is None else path, overrides)
+    name = path.stem if path else "default"
+    folder = resumed or Path(config.output.run or new_run(Path(config.output.dir), name))
+    quiet = config.output.quiet or options.quiet
+    return replace(config, output={"run": str(folder), "quiet": quiet}), folder
+
+
+def _check(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe.check import check
+    from dnipipe.jobs import job_of
+
+    config = load(Path(options.config) if options.config else None, overrides)
+    for line in check(job_of(config)):
+        print(line)
+    return 0
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import checkpoint
+
+    if overrides:
+        raise ConfigError(f"cannot read {overrides[0]!r}: export takes the run's folder and -o FILE")
+    count = checkpoint.export(Path(options.folder), Path(options.output))
+    print(f"{options.output}: {count} tensors, for load_state_dict(safetensors.torch.load_file(...))")
+    return 0
+
+
+def _settings(options: argparse.Namespace, overrides: list[str]) -> int:
+    for name, kind, default, help in describe():
+        shown = "" if default in ("", ()) else f" [{str(default).lower() if isinstance(default, bool) else default}]"
+        print(f"--{name} ({kind}){shown}\n      {help}")
+    return 0

@@ -1,0 +1,79 @@
+"""Everything dnipipe raises on purpose, as one tree.
+
+    DnipipeError
+    ├── UsageError            exit status 2: a person can mend it before anything starts
+    │   ├── ConfigError       a setting: unknown, of a wrong type, out of range, at odds with another
+    │   ├── SplitError        the model cannot be cut as asked
+    │   ├── DataError         data missing, malformed, or labels outside the classes
+    │   └── CheckpointError   nothing to resume from, or not this model's
+    └── RunError              exit status 1: the run cannot go on
+        ├── PeerError         between two neighbours
+        │   ├── HandshakeError  the neighbour's Hello does not fit; says which field differs
+        │   ├── PeerLost        the neighbour's process, or the link to it, went away
+        │   ├── PeerStopped     the neighbour said that it ends, and why
+        │   └── WaitTimeout     a limit struck; says who waited for whom, since when, at which batch
+        ├── MessageError      bytes that are not a message, or a message that does not belong here
+        └── NonFiniteLoss     the loss is NaN or infinite and the setting says to stop
+
+A message is one line: the fact, the values, the way out.
+"""
+
+
+class DnipipeError(Exception):
+    """Base of every exception that dnipipe raises on purpose."""
+
+    exit_status = 1
+
+
+class UsageError(DnipipeError):
+    """Something a person can mend before anything starts."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A setting is unknown, of a wrong type, out of range, or at odds with another."""
+
+
+class SplitError(UsageError):
+    """The model cannot be cut into stages as asked."""
+
+
+class DataError(UsageError):
+    """Data is missing or malformed, or labels lie outside the classes."""
+
+
+class CheckpointError(UsageError):
+    """There is no complete checkpoint, or it belongs to another model."""
+
+
+class RunError(DnipipeError):
+    """The run cannot go on."""
+
+
+class PeerError(RunError):
+    """Something went wrong between two neighbouring stages."""
+
+
+class HandshakeError(PeerError):
+    """The neighbour's Hello does not fit this stage's."""
+
+
+class PeerLost(PeerError):
+    """The neighbour's process, or the link to it, went away."""
+
+
+class PeerStopped(PeerError):
+    """The neighbour said that it ends, and why."""
+
+
+class WaitTimeout(PeerError):
+    """A wait reached its limit."""
+
+
+class MessageError(RunError):
+    """Bytes that are not a message, or a message that does not belong here."""
+
+
+class NonFiniteLoss(RunError):
+    """The loss is NaN or infinite."""

@@ -1,0 +1,43 @@
+"""A run's folder: RUN/{config.toml, summary.json, metrics/stage-K.jsonl, checkpoints/BATCH/, tensorboard/}."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from dnipipe.config import Config, flat
+from dnipipe.errors import CheckpointError, ConfigError
+
+
+def new_run(parent: Path, name: str) -> Path:
+    """The name of a folder for a run that does not exist yet: PARENT/NAME-DATE-TIME, numbered if need be."""
+    stamp = time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        folder = parent / f"{stamp}{suffix}"
+        if not folder.exists():
+            return folder
+    raise ConfigError(f"output.dir = {parent} is full of runs begun this second: set output.run")
+
+
+def newest_run(parent: Path) -> Path:
+    """The run under `parent` that saved last. Raises CheckpointError if none has."""
+    saved = sorted(parent.glob("*/checkpoints/*/manifest.json"), key=lambda manifest: manifest.stat().st_mtime)
+    if not saved:
+        raise CheckpointError(f"no run in {parent} has a complete checkpoint: name the run's folder with --resume RUN")
+    return saved[-1].parents[2]
+
+
+def write_config(folder: Path, config: Config) -> Path:
+    """The settings as TOML, so that the run can be started again, or resumed, from its folder."""
+    lines, section = [], ""
+    for name, value in flat(config):
+        if name.split(".")[0] != section:
+            section = name.split(".")[0]
+            lines.append(f"\n[{section}]")
+        # JSON writes numbers, booleans, quoted text and lists as TOML does
+        lines.append(f"{name.split('.')[1]} = {json.dumps(value)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    path.write_text("\n".join(lines).lstrip() + "\n")
+    return path

@@ -1,0 +1,209 @@
+"""Where a stage's gradient comes from. A rule is two questions:
+
+    now(batch, h, y)                 the batch has just been computed: a gradient for it, at once?
+    arrived(batch, h, y, g, ĝ)       the next stage's gradient g is here: what is to be done with it?
+
+Both answer with a `Use`, or None: nothing to do. Batch ids start at 1. A rule is one class here and one line in RULES.
+
+                        now                        arrived
+    Synthetic, λ = 0    update with ĝ, send J^T ĝ  the predictor learns
+    Synthetic, λ > 0    update with ĝ              the predictor learns; send J^T (λ g + (1-λ) ĝ)
+      in its warm-up    (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
+    Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
+    Wait                                           update with g, send J^T g
+    LossGradient        update with ∂loss/∂h, send it back: the last stage                nothing arrives
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dnipipe.config import Config
+from dnipipe.errors import ConfigError, NonFiniteLoss
+from dnipipe.predictors import VFBN, Loss, Predictor, loss_terms
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """What to do with a gradient at h."""
+
+    g: Tensor  # (B, D...) like h, d(mean loss over the batch)/d(element of h)
+    update: bool  # step the optimizer with it
+    send: bool  # give x.grad to the stage before
+
+
+class GradientRule(Protocol):
+    """One stage's source of gradients."""
+
+    teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
+    predictor: Predictor | None
+    optimizer: torch.optim.Optimizer | None  # the predictor's
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None: ...
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None: ...
+
+
+class _Learner:
+    """A predictor with its own optimizer (Adam)."""
+
+    def __init__(self, predictor: Predictor, lr: float) -> None:
+        self.predictor: Predictor | None = predictor
+        self.guess = predictor
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(predictor.parameters(), lr)
+        self.parameters: list[Tensor] = list(predictor.parameters())
+
+    def learn(self, h: Tensor, y: Tensor, g: Tensor | None) -> None:
+        """One step on the predictor's loss, if there is something to learn from."""
+        loss = self.guess.loss(h, y, g)
+        if loss is not None:
+            self.descend(loss, self.parameters)
+
+    def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
+        loss.backward(inputs=inputs)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Synthetic(_Learner):
+    """Update at once with the predicted gradient; what arrives teaches the predictor (arXiv:1608.05343, section 2).
+
+    Args:
+        bp_lambda: λ of BP(λ), the paper's appendix A.2. What the stage before is taught is J^T ḡ with
+            ḡ = λ g + (1-λ) ĝ, and g itself such a mixture from further down. 0 needs no second backward.
+        warmup: batches during which the prediction is measured but not used; true gradients travel all the way.
+        warmup_updates: whether the stage then updates, late, with the gradient that arrived, or not at all.
+    """
+
+    teaches = True
+
+    def __init__(
+        self, predictor: Predictor, lr: float, bp_lambda: float = 0.0, warmup: int = 0, warmup_updates: bool = True
+    ) -> None:
+        super().__init__(predictor, lr)
+        self.bp_lambda = bp_lambda
+        self.warmup = warmup
+        self.warmup_updates = warmup_updates
+
+    @classmethod
+    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Synthetic:
+        rule = config.rule
+        return cls(predictor(), config.predictor.lr, rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait")
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+        trusted = batch > self.warmup
+        return Use(self.guess.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        self.learn(h, y, g)
+        if g is None:
+            return None
+        if batch <= self.warmup:
+            return Use(g, update=self.warmup_updates, send=True)
+        if self.bp_lambda == 0:
+            return None
+        assert predicted is not None
+        return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
+
+
+class Local(_Learner):
+    """The gradient of the predictor's own loss, nothing from below: decoupled greedy learning (arXiv:1901.08164)."""
+
+    teaches = False
+
+    def __init__(self, predictor: VFBN, lr: float, warmup: int = 0) -> None:
+        super().__init__(predictor, lr)
+        self.head = predictor
+        self.warmup = warmup
+
+    @classmethod
+    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Local:
+        head = predictor()
+        if not isinstance(head, VFBN):
+            raise ConfigError(
+                f"rule.name = local needs a predictor with a loss of its own, but predictor.name = "
+                f"{config.predictor.name}: use predictor.name = vfbn"
+            )
+        return cls(head, config.predictor.lr, config.rule.warmup)
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+        h = h.detach().requires_grad_()
+        self.descend(self.head.local_loss(h, y), [*self.parameters, h])  # one backward gives both gradients
+        assert h.grad is not None
+        return Use(h.grad, update=batch > self.warmup, send=True)
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        return None
+
+
+class Wait:
+    """No prediction: update when the gradient is here. Exact with one batch in flight, and only then."""
+
+    teaches = True
+    predictor: Predictor | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+    @classmethod
+    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Wait:
+        return cls()
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+        return None
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        return None if g is None else Use(g, update=True, send=True)
+
+
+class LossGradient:
+    """The last stage's: it knows the loss, so its gradient is the true one, at once.
+
+    Args:
+        loss: (output, labels) -> mean loss over the batch, 0-dim.
+        teaches: whether the rule of the stages before learns from gradients.
+        observe: told the loss of every batch (0-dim, detached) and its number of terms.
+        stop_on_nan: raise NonFiniteLoss, or else skip the batch.
+    """
+
+    predictor: Predictor | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+    def __init__(
+        self,
+        loss: Loss,
+        teaches: bool,
+        observe: Callable[[Tensor, int], None],
+        stop_on_nan: bool = True,
+    ) -> None:
+        self.loss = loss
+        self.teaches = teaches
+        self.observe = observe
+        self.stop_on_nan = stop_on_nan
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+        h = h.detach().requires_grad_()
+        value = self.loss(h, y)
+        if not torch.isfinite(value):
+            if self.stop_on_nan:
+                raise NonFiniteLoss(
+                    f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
+                    "or go on without such batches with train.on_nan = skip"
+                )
+            return None
+        (g,) = torch.autograd.grad(value, h)
+        self.observe(value.detach(), loss_terms(y))
+        return Use(g, update=True, send=True)
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        raise AssertionError("no stage follows the last")
+
+
+RULES: dict[str, type[Synthetic] | type[Local] | type[Wait]] = {
+    "synthetic": Synthetic,
+    "local": Local,
+    "wait": Wait,
+}

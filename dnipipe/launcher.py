@@ -1,0 +1,100 @@
+"""Start the K processes of a run on this machine, through torch.distributed's own launcher, and say what ended it.
+
+The processes run the same command again, with the environment that torchrun would give them. What is added to torchrun:
+nothing restarts, its log is quiet, and the first failure, by stage, rank and cause, is the last line printed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dnipipe.rendezvous import LOOPBACK
+
+LAUNCHED = "DNIPIPE_LAUNCHED"  # set in the processes that this module starts; its value is for them
+
+
+def is_worker() -> bool:
+    """Whether this process is one of a pipeline, started by torchrun or by `launch`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = False) -> int:
+    """Run `command` (arguments of this Python) once for each stage and wait for all. Returns the exit status.
+
+    The status is 0; or that of the first failure (1 for a killed process), which is printed; or 128 + the signal that
+    asked this process to end.
+    """
+    if not debug:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logs = tempfile.mkdtemp(prefix="dnipipe-logs-")
+    launching = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=stages,
+        run_id="dnipipe",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr=LOOPBACK,
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+    )
+    environment = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: K processes share this machine's cores
+    os.environ[LAUNCHED] = mark
+    try:
+        elastic_launch(launching, sys.executable)(*command)
+    except ChildFailedError as error:
+        failure = first_failure(error.failures)
+        print(f"dnipipe: {failure_line(failure)}", file=sys.stderr, flush=True)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        shutil.rmtree(logs, ignore_errors=True)
+    return 0
+
+
+def first_failure(failures: dict[int, ProcessFailure]) -> ProcessFailure:
+    """The failure that caused the others: a process that a signal killed, else the first that said why it ended.
+
+    A stage that only lost its neighbour records nothing (see `record`), so it cannot be taken for the cause.
+    """
+    ended = list(failures.values())
+    killed = [f for f in ended if f.exitcode < 0 and -f.exitcode != signal.SIGTERM]
+    spoke = [f for f in ended if f.error_file_data != {} and f.error_file != "<N/A>"]
+    return min(killed or spoke or ended, key=lambda f: f.timestamp)
+
+
+def failure_line(failure: ProcessFailure) -> str:
+    rank = failure.global_rank if hasattr(failure, "global_rank") else failure.local_rank
+    if failure.exitcode < 0:
+        cause = f"killed by {signal.Signals(-failure.exitcode).name}"
+    else:
+        cause = _said(failure) or f"ended with status {failure.exitcode}"
+    return f"first failure: stage {rank} (rank {rank}, pid {failure.pid}): {cause}"
+
+
+def _said(failure: ProcessFailure) -> str:
+    """What the process wrote into its error file."""
+    try:
+        with open(failure.error_file) as file:
+            return str(json.load(file)["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+__all__ = ["LAUNCHED", "failure_line", "first_failure", "is_worker", "launch"]

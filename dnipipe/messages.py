@@ -1,0 +1,106 @@
+"""What stages say to one another. Frozen values; tensors never require a gradient.
+
+           Activation, Evaluation, Checkpoint, Stop
+    stage k ────────────────────────────────────────► stage k+1
+            ◄────────────────────────────────────────
+           Gradient, Answer, Saved, Report, Stop
+
+Hello goes both ways, first. Within one direction order is kept, so a marker (Checkpoint, Stop) stands exactly
+behind the batch that it follows. Shapes: B samples, D... the dimensions of one activation, whatever their number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Union
+
+from torch import Tensor
+
+PROTOCOL = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Hello:
+    """First message on an edge, both ways. A field that differs from the neighbour's own refuses the connection."""
+
+    run: str  # the run's id, unguessable: also fences off messages of another run
+    stage: int  # who speaks
+    stages: int  # K
+    incarnation: int  # which start of this stage in this run
+    settings: tuple[str, ...] = ()  # "section.key=value", all that must agree between stages
+    shape: tuple[int, ...] = ()  # of the activation on this edge, for one batch of the plan
+    dtype: str = ""  # of that activation
+    protocol: int = PROTOCOL
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """A training batch on its way down: what the stage before made of it, and the labels."""
+
+    batch: int  # batch id, strictly increasing, given by stage 0
+    x: Tensor  # (B, D...) the receiver's input
+    y: Tensor  # (B, ...) labels
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A batch that is only looked at, in evaluation mode: no update follows."""
+
+    batch: int
+    x: Tensor  # (B, D...)
+    y: Tensor | None  # (B, ...) labels; None asks for the model's output instead of its loss
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Marker: save what you are right after your update on this batch."""
+
+    batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """Marker: nothing follows. With a reason, the sender ends because something went wrong."""
+
+    batch: int  # the last batch id before it
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What the next stage says of an activation it received: its gradient, and so also that there is room again."""
+
+    batch: int
+    g: Tensor | None  # (B, D...) d(mean loss over the batch)/d(element of h); None: none was made for this batch
+    starved: bool = False  # the sender had been idle, waiting for this very activation
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The last stage's answer to an Evaluation, handed up to stage 0."""
+
+    batch: int
+    h: Tensor  # (4,) float64: sum of losses, correct, loss terms, samples; or the output (B, ...) if y was None
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """Stage `stage` has its part of the checkpoint of `batch` on disk."""
+
+    batch: int
+    stage: int
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """How stage `stage` is doing, handed up to stage 0. The last one of a run is final."""
+
+    stage: int
+    batch: int  # the last batch id it trained
+    numbers: dict[str, float] = field(default_factory=dict)
+    final: bool = False
+
+
+Downward = Union[Activation, Evaluation, Checkpoint]
+Upward = Union[Gradient, Answer, Saved, Report]
+Message = Union[Hello, Downward, Upward, Stop]

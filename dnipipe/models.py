@@ -1,0 +1,197 @@
+"""The built-in models, each an nn.Sequential whose direct children are the layers between which it may be cut.
+
+    mlp          layer0 … layer(n-2), output             n = model.layers    (B, 1, 28, 28) ─► (B, 10)
+    cnn          layer0 … layer(n-1), output             n = model.layers    (B, 1, 28, 28) ─► (B, 10)
+    transformer  embedding, block1 … block(n), output    n = model.layers    (B, T) bytes ─► (B, T, 256)
+
+The number in a name is the layer's place, as pipeline.boundaries counts. What a model starts with depends on its
+settings and on torch's random state alone, so every process builds the same one after the same torch.manual_seed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe.config import Config
+from dnipipe.errors import ConfigError
+
+IMAGE = (1, 28, 28)  # of MNIST
+DIGITS = 10
+BYTES = 256  # the transformer's vocabulary
+
+
+def build(config: Config) -> nn.Sequential:
+    """The model that the configuration names. Raises ConfigError if it cannot read the data that is named."""
+    name, data = config.model.name, config.data.name
+    if (name == "transformer") == (data == "mnist"):
+        fitting = "mlp or cnn" if data == "mnist" else "transformer"
+        raise ConfigError(f"model.name = {name} cannot read data.name = {data}: use model.name = {fitting}")
+    return nn.Sequential(OrderedDict(BUILDERS[name](config)))
+
+
+def loss_of(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    """(output, labels) -> mean loss over the batch, 0-dim. Every built-in model has the same: cross-entropy in nats."""
+    return cross_entropy
+
+
+def cross_entropy(h: Tensor, y: Tensor) -> Tensor:
+    """Mean over all loss terms of logits (B, C) and labels (B,), or (B, T, C) and (B, T): one term a token."""
+    return F.cross_entropy(h.flatten(0, -2), y.flatten())
+
+
+# -- the paper's nets for MNIST ----------------------------------------------------------------------------------
+
+
+def _mlp(config: Config) -> dict[str, nn.Module]:
+    """Hidden layers of Linear, batch norm and ReLU, and a linear output (arXiv:1608.05343, the MNIST FCN).
+
+    model.layers counts the output layer, as the paper does: its 4-layer net is 3 hidden layers and the output.
+    """
+    width = config.model.width
+    layers: dict[str, nn.Module] = {}
+    features = IMAGE[0] * IMAGE[1] * IMAGE[2]
+    for i in range(config.model.layers - 1):
+        parts: dict[str, nn.Module] = {"flatten": nn.Flatten()} if i == 0 else {}
+        parts["linear"] = nn.Linear(features, width, bias=False)  # batch norm has its own bias
+        parts |= {"norm": nn.BatchNorm1d(width), "relu": nn.ReLU(), **_dropout(config)}
+        layers[f"layer{i}"] = nn.Sequential(OrderedDict(parts))
+        features = width
+    return layers | {"output": _linear_output(features)}
+
+
+def _cnn(config: Config) -> dict[str, nn.Module]:
+    """Blocks of 5 × 5 convolution, batch norm, ReLU and pooling, and a linear output (arXiv:1608.05343, the CNN).
+
+    Pooling is 3 × 3: max in the first block, mean in the others. The paper does not give its stride; 2 with a padding
+    of 1 halves the image, rounding up, so that any number of blocks fits.
+    """
+    width = config.model.width
+    layers: dict[str, nn.Module] = {}
+    for i in range(config.model.layers):
+        first = i == 0
+        pool = nn.MaxPool2d(3, 2, padding=1) if first else nn.AvgPool2d(3, 2, padding=1, count_include_pad=False)
+        parts: dict[str, nn.Module] = {
+            "conv": nn.Conv2d(IMAGE[0] if first else width, width, 5, padding=2, bias=False),
+            "norm": nn.BatchNorm2d(width),
+            "relu": nn.ReLU(),
+            "pool": pool,
+            **_dropout(config),
+        }
+        layers[f"layer{i}"] = nn.Sequential(OrderedDict(parts))
+    return layers | {"output": _linear_output(_features(layers))}
+
+
+def _linear_output(features: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(features, DIGITS)))
+
+
+@torch.no_grad()
+def _features(layers: dict[str, nn.Module]) -> int:
+    """Numbers that one image has become behind these layers."""
+    h = torch.zeros(1, *IMAGE)
+    for layer in layers.values():
+        h = layer.eval()(h)  # in evaluation mode: batch norm counts nothing, dropout draws nothing
+        layer.train()
+    return h.numel()
+
+
+def _dropout(config: Config) -> dict[str, nn.Module]:
+    return {"dropout": nn.Dropout(config.model.dropout)} if config.model.dropout else {}
+
+
+# -- a byte-level language model ---------------------------------------------------------------------------------
+
+
+def _transformer(config: Config) -> dict[str, nn.Module]:
+    """A decoder with pre-LayerNorm blocks and GPT-2's initial weights: normal, 0.02; less where a residual is added."""
+    model = config.model
+    layers: dict[str, nn.Module] = {"embedding": Embedding(model.width, config.data.context, model.dropout)}
+    for i in range(1, model.layers + 1):
+        layers[f"block{i}"] = Block(model.width, model.heads, model.dropout)
+    layers["output"] = nn.Sequential(OrderedDict(norm=nn.LayerNorm(model.width), linear=nn.Linear(model.width, BYTES)))
+    for layer in layers.values():
+        layer.apply(_initialise)
+        if isinstance(layer, Block):
+            for residual in (layer.attention.out, layer.mlp.down):
+                nn.init.normal_(residual.weight, std=0.02 / (2 * model.layers) ** 0.5)
+    return layers
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+class Embedding(nn.Module):
+    """Bytes (B, T) to features (B, T, D): what the byte is, plus where it stands. T is at most `context`."""
+
+    def __init__(self, width: int, context: int, dropout: float) -> None:
+        super().__init__()
+        self.token = nn.Embedding(BYTES, width)
+        self.position = nn.Embedding(context, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.token(x) + self.position.weight[: x.shape[1]]  # (B, T, D) + (T, D)
+        dropped: Tensor = self.dropout(h)
+        return dropped
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (B, T, D) to (B, T, D): a position sees itself and what stands before it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
+        dropout = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        mixed: Tensor = self.out(h.transpose(1, 2).flatten(2))  # (B, T, D)
+        return mixed
+
+
+class FeedForward(nn.Module):
+    """(B, T, D) to (B, T, D) by way of 4 D features, each position by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.down(F.gelu(self.up(x)))
+        return h
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then the same with the feed-forward part. (B, T, D) to (B, T, D)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = FeedForward(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+
+BUILDERS: dict[str, Callable[[Config], dict[str, nn.Module]]] = {"mlp": _mlp, "cnn": _cnn, "transformer": _transformer}
+
+__all__ = ["build", "cross_entropy", "loss_of"]

@@ -1,0 +1,278 @@
+"""Models that guess a gradient: ĝ = M(h, y), made from a stage's output and the labels alone.
+
+    Regression   linear, mlp, conv: the paper's (arXiv:1608.05343). The net's output is the gradient itself; its last
+                 layer starts at zero, so at first no gradient is guessed. Conditioned on the labels it is cDNI.
+    VFBN         a virtual forward-backward network (Miyato et al. 2017): ĝ = ∂/∂h loss(A(h), y), A a small head.
+
+Units. On the wire and in `predict`, a gradient is d(mean loss over the batch)/d(element of h). Inside, predictors work
+per loss term: N·g, N = the number of loss terms in the batch, so that a target does not shrink with the batch size.
+One loss per predictor, reduced the same way in all: the squared distance summed over the features of a loss term,
+averaged over the N terms:  L_M = (1/N) Σ (N·ĝ − N·g)².  It has the paper's weight 1 (section 2, and appendix C.1).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe.config import Predictor as Settings
+from dnipipe.errors import ConfigError
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> mean loss over the batch, 0-dim
+
+
+def loss_terms(y: Tensor) -> int:
+    """N: how many terms the mean loss averages over. Class labels count one each, other targets one a sample."""
+    return y.shape[0] if y.is_floating_point() else y.numel()
+
+
+class Predictor(nn.Module, ABC):
+    """What a gradient rule asks of a predictor."""
+
+    @abstractmethod
+    def predict(self, h: Tensor, y: Tensor) -> Tensor:
+        """ĝ for h (B, D...), of h's shape and the wire's unit, detached."""
+
+    @abstractmethod
+    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+        """What to minimise, 0-dim: distance to the gradient g that arrived. None if there is nothing to learn from."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a predictor must know of the place where it stands: shapes of one batch, B first."""
+
+    h: tuple[int, ...]  # the stage's output
+    y: tuple[int, ...]  # the labels
+    output: tuple[int, ...]  # the whole model's output
+    classes: int | None  # labels are whole numbers in [0, classes); None: they are no class labels
+
+    @property
+    def per_token(self) -> bool:
+        """Every position of h (B, T, D) has a label of its own."""
+        return len(self.h) == 3 and len(self.y) == 2 and self.y == self.h[:2]
+
+
+# -- the paper's -------------------------------------------------------------------------------------------------
+
+
+class Labels(nn.Module):
+    """Labels as features beside h: one-hot (samples), channels of ones (conv), an embedding (tokens)."""
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__()
+        assert edge.classes is not None
+        self.classes = edge.classes
+        self.embedding = nn.Embedding(edge.classes, edge.h[-1]) if edge.per_token else None
+        self.features = edge.h[-1] if edge.per_token else edge.classes
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        if self.embedding is not None:
+            return torch.cat([h, self.embedding(y)], dim=-1)  # (B, T, D) -> (B, T, 2D)
+        one_hot = F.one_hot(y, self.classes).to(h.dtype)  # (B, C)
+        if h.dim() == 4:
+            masks = one_hot[:, :, None, None].expand(-1, -1, *h.shape[2:])  # (B, C, H, W)
+            return torch.cat([h, masks], dim=1)
+        for _ in range(h.dim() - 2):
+            one_hot = one_hot.unsqueeze(1)
+        return torch.cat([h, one_hot.expand(*h.shape[:-1], -1)], dim=-1)
+
+
+class Regression(Predictor):
+    """M(h, y) = net([h, labels]), regressed on the gradients that arrive: DNI, and cDNI with labels.
+
+    Args: net maps features (rows, D + label features), or channels for a 4-dimensional h, to D. It is applied to all
+    loss terms as rows of one batch, so that its batch norm sees tokens like samples.
+    """
+
+    def __init__(self, net: nn.Module, labels: Labels | None) -> None:
+        super().__init__()
+        self.net = net
+        self.labels = labels
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        """N·ĝ, the gradient of one loss term."""
+        seen = h if self.labels is None else self.labels(h, y)
+        if h.dim() == 4:
+            return cast(Tensor, self.net(seen))
+        return cast(Tensor, self.net(seen.flatten(0, -2))).view_as(h)
+
+    @torch.no_grad()
+    def predict(self, h: Tensor, y: Tensor) -> Tensor:
+        return cast(Tensor, self(h, y)) / loss_terms(y)
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+        """(1/N) Σ (M(h, y) − N·g)²: summed over features, averaged over loss terms."""
+        if g is None:
+            return None
+        n = loss_terms(y)
+        return (cast(Tensor, self(h, y)) - n * g).square().sum() / n
+
+
+def _dense(features: int, out: int, hidden: int, width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(hidden):
+        layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers, _zeroed(nn.Linear(features, out)))
+
+
+def _convolutions(channels: int, out: int, hidden: int, width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(hidden):
+        layers += [nn.Conv2d(channels, width, 5, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, _zeroed(nn.Conv2d(channels, out, 5, padding=2)))
+
+
+def _zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """The paper: the final regression layer starts at zero, so initially zero synthetic gradient is produced."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+# -- virtual forward-backward network ----------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """h + W₂ gelu(W₁ norm(h)): the hidden layer of a VFBN head."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, features)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + cast(Tensor, self.net(h))
+
+
+class Pool(nn.Module):
+    """One row a sample out of an activation with positions: the mean over tokens, or 2 × 2 means of an image."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.dimensions = dimensions
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.dimensions == 4:
+            return F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, C, H, W) -> (B, 4C)
+        return h.flatten(1, -2).mean(1) if self.dimensions > 2 else h  # (B, T..., D) -> (B, D)
+
+
+class VFBN(Predictor):
+    """ĝ = ∂/∂h loss(A(h), y): a small head A is trained so that its own gradient is the one that arrives.
+
+    It minimises  loss(A(h), y) + matching · (1/N) Σ (N·ĝ − N·g)².  The first part is the local loss: alone, it is
+    greedy layer-wise training (Belilovsky et al. 2019). The second needs the head's second derivative, so nothing in A
+    may be a fused kernel without one (attention). Source: Miyato et al., ICLR 2017 workshop, "Synthetic gradient
+    methods with virtual forward-backward networks".
+    """
+
+    def __init__(self, head: nn.Module, loss: Loss, matching: float) -> None:
+        super().__init__()
+        self.head = head
+        self.task_loss = loss
+        self.matching = matching
+
+    def local_loss(self, h: Tensor, y: Tensor) -> Tensor:
+        return self.task_loss(self.head(h), y)
+
+    def predict(self, h: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            (predicted,) = torch.autograd.grad(self.local_loss(h, y), h)
+        return predicted
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor:
+        if g is None or self.matching == 0:
+            return self.local_loss(h, y)
+        h = h.detach().requires_grad_()
+        local = self.local_loss(h, y)
+        (predicted,) = torch.autograd.grad(local, h, create_graph=True)
+        return local + self.matching * loss_terms(y) * (predicted - g).square().sum()
+
+
+# -- the registry ------------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings, edge: Edge, loss: Loss) -> Predictor:
+    """The predictor that the settings name, for this edge. Raises ConfigError where kind and activation do not fit."""
+    return KINDS[settings.name](settings, edge, loss)
+
+
+def _linear(settings: Settings, edge: Edge, loss: Loss) -> Regression:
+    if settings.hidden > 0:
+        raise ConfigError(
+            f"predictor.hidden = {settings.hidden} with predictor.name = linear: use predictor.name = mlp"
+        )
+    return _regression(settings, edge, hidden=0)
+
+
+def _mlp(settings: Settings, edge: Edge, loss: Loss) -> Regression:
+    return _regression(settings, edge, hidden=1 if settings.hidden < 0 else settings.hidden)
+
+
+def _regression(settings: Settings, edge: Edge, hidden: int) -> Regression:
+    if len(edge.h) not in (2, 3):
+        raise ConfigError(
+            f"predictor.name = {settings.name} cannot guess for an activation of shape {edge.h}: "
+            "use predictor.name = conv (images) or vfbn (any)"
+        )
+    labels, features = _labels(settings, edge), edge.h[-1]
+    seen = features + (labels.features if labels else 0)
+    return Regression(_dense(seen, features, hidden, settings.width or 4 * features), labels)
+
+
+def _conv(settings: Settings, edge: Edge, loss: Loss) -> Regression:
+    if len(edge.h) != 4:
+        raise ConfigError(
+            f"predictor.name = conv needs an activation (B, C, H, W), but it has shape {edge.h}: "
+            "use predictor.name = mlp, or vfbn (any)"
+        )
+    labels, channels = _labels(settings, edge), edge.h[1]
+    seen = channels + (labels.features if labels else 0)
+    hidden = 2 if settings.hidden < 0 else settings.hidden
+    return Regression(_convolutions(seen, channels, hidden, settings.width or channels), labels)
+
+
+def _labels(settings: Settings, edge: Edge) -> Labels | None:
+    if not settings.condition:
+        return None
+    if edge.classes is None or not (edge.per_token or len(edge.y) == 1):
+        raise ConfigError(
+            f"predictor.condition = true needs class labels, one a sample or one a token, but the labels have shape "
+            f"{edge.y}{'' if edge.classes else ' and are no classes'}: use predictor.name = vfbn, or condition = false"
+        )
+    return Labels(edge)
+
+
+def _vfbn(settings: Settings, edge: Edge, loss: Loss) -> VFBN:
+    pointwise = len(edge.output) == len(edge.h) and edge.output[1:-1] == edge.h[1:-1]
+    if not pointwise and len(edge.output) != 2:
+        raise ConfigError(
+            f"predictor.name = vfbn cannot guess the model's output {edge.output} from an activation {edge.h}: "
+            "cut elsewhere, or use predictor.name = linear, mlp or conv"
+        )
+    features = 4 * edge.h[1] if len(edge.h) == 4 and not pointwise else edge.h[-1]
+    width = settings.width or 4 * features
+    layers: list[nn.Module] = [] if pointwise else [Pool(len(edge.h))]
+    layers += [Residual(features, width) for _ in range(max(settings.hidden, 0))]
+    return VFBN(nn.Sequential(*layers, nn.Linear(features, edge.output[-1])), loss, settings.matching)
+
+
+KINDS: dict[str, Callable[[Settings, Edge, Loss], Predictor]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "conv": _conv,
+    "vfbn": _vfbn,
+}

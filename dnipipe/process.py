@@ -1,0 +1,38 @@
+"""The edge of a stage's process: what ended it, as an exit status, one line, and a record for the launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from dnipipe.errors import DnipipeError, PeerLost, PeerStopped
+from dnipipe.launcher import LAUNCHED
+from dnipipe.session import Job, work
+
+
+def guarded(job: Job, resume: bool = False, debug: bool = False) -> int:
+    """Run this process's stage. Returns its exit status: 0, 2 for what can be mended, 1 for what cannot."""
+    handler = get_error_handler()
+    handler.initialize()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        work(job, resume)
+        return 0
+    except Exception as error:
+        expected = isinstance(error, DnipipeError)
+        if debug or not expected:
+            traceback.print_exc()
+        line = str(error) if expected else f"{type(error).__name__}: {error}"
+        if not isinstance(error, (PeerLost, PeerStopped)):
+            # a stage that lost its neighbour is not the cause, and so leaves no record
+            handler.record_exception(type(error)(line) if expected else error)
+        if LAUNCHED not in os.environ:
+            print(f"dnipipe: stage {os.environ.get('RANK', '?')}: {line}", file=sys.stderr, flush=True)
+        return error.exit_status if isinstance(error, DnipipeError) else 1
+
+
+__all__ = ["guarded"]

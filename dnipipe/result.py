@@ -1,0 +1,65 @@
+"""What stage 0 says before and after a run: plain lines, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dnipipe.config import Config
+from dnipipe.data import Task
+from dnipipe.head import Head
+from dnipipe.split import Plan
+
+
+def opening(config: Config, task: Task, plan: Plan, run: Path, start: int) -> Iterator[str]:
+    """What will be trained, on what, cut where."""
+    yield f"data    {task.corpus}"
+    yield f"run     {run}" + (f", continued from batch {start}" if start else "")
+    yield from table(plan)
+
+
+def table(plan: Plan) -> Iterator[str]:
+    """What was cut where: a line a stage."""
+    whole = sum(plan.seconds) or 1.0
+    for stage in range(plan.stages):
+        layers = plan.layers_of(stage)
+        names = f"{plan.layers[layers[0]]}" + (f" … {plan.layers[layers[-1]]}" if len(layers) > 1 else "")
+        seconds = sum(plan.seconds[layer] for layer in layers)
+        yield (
+            f"stage {stage} layers {names}: {sum(plan.parameters[layer] for layer in layers):,} parameters, "
+            f"{seconds * 1e3:.1f} ms a batch ({seconds / whole:.0%} of the model)"
+        )
+
+
+def closing(config: Config, task: Task, run: Path, head: Head, summary: dict[str, Any]) -> None:
+    """How it went, where it lies, and what to try next."""
+    train = summary["train"]
+    if head.interrupted:
+        print(f"stopped at batch {head.batch} of {head.total}; go on with: dnipipe train --resume {run}", flush=True)
+        return
+    print(
+        f"trained {train['batches']} batches in {train['seconds']:.1f} s: {train['samples_per_second']:.0f} samples/s, "
+        f"{config.pipeline.stages} stages, rule {config.rule.name}"
+    )
+    if head.evaluation:
+        print(_evaluated(config, task, *head.evaluation))
+    if head.sample and not config.output.quiet:
+        print(f"sample  (the model's own words, {len(head.sample)} bytes)\n{_indented(head.sample)}")
+    print(f"files   {run}: summary.json, metrics/, checkpoints/")
+    if not config.output.quiet:
+        print(f"next    dnipipe export {run} -o model.safetensors")
+        print(f"        dnipipe train {run / 'config.toml'} --rule.name wait        the same, synchronously")
+        print("        dnipipe settings                                     everything that can be set")
+
+
+def _evaluated(config: Config, task: Task, loss: float, accuracy: float | None) -> str:
+    what = f"{config.data.evaluate} loss {loss:.4f}"
+    if task.baseline:
+        name, value = task.baseline
+        return f"{what} nats per byte ({name}: {value:.4f})"
+    return what + (f", error {100 * (1 - accuracy):.2f} %" if accuracy is not None else "")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    │ {line}" for line in text.splitlines())

@@ -1,0 +1,156 @@
+"""Train a model of your own: `Run(model, stages=4, loss=..., optimizer=...).fit(loader)`.
+
+    python train.py            fit() starts the same script again, once for each stage; each copy works inside its fit()
+        ├── stage 0            and ends there. The launching process goes on behind fit(), with the trained weights.
+        ├── stage 1
+        └── …
+    torchrun train.py          the processes are there already: fit() works in each of them, and each goes on behind it
+
+So what stands before fit() in a script runs in every process, as under torchrun; what stands behind it runs once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from dnipipe import checkpoint
+from dnipipe.config import Config, Output, build
+from dnipipe.data import Batches, Task
+from dnipipe.errors import UsageError
+from dnipipe.folders import new_run
+from dnipipe.launcher import LAUNCHED, is_worker, launch
+from dnipipe.optim import OptimizerFactory
+from dnipipe.predictors import Loss
+
+_fits = 0  # how many fits this script has begun: which one a started process belongs to
+
+
+class Run:
+    """A training run of a user's nn.Sequential, cut into stages that never wait.
+
+    Args:
+        model: an nn.Sequential; it is cut between its children. Its weights at `fit` are the initial ones.
+        stages: K, the number of processes; or the first layers of the stages after the first, as a list.
+        loss: (output, labels) -> mean loss over the batch.
+        optimizer: parameters -> optimizer; called in each stage with the stage's own.
+        rule: synthetic, local or wait (docs/design.md).
+        schedule: batch id, from 1 -> factor on the learning rate, the same on every stage.
+        settings: any other setting by section, e.g. predictor={"name": "linear"}, train={"seed": 1}.
+
+    Raises ConfigError, here and now, for a setting that is unknown or wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: int | list[int] = 4,
+        *,
+        loss: Loss,
+        optimizer: OptimizerFactory,
+        rule: str = "synthetic",
+        schedule: Callable[[int], float] | None = None,
+        **settings: dict[str, Any],
+    ) -> None:
+        self._model, self._loss, self._optimizer, self._schedule = model, loss, optimizer, schedule
+        cut = {"stages": stages} if isinstance(stages, int) else {"stages": len(stages) + 1, "boundaries": stages}
+        self._settings: dict[str, dict[str, Any]] = {
+            **settings,
+            "pipeline": {**settings.get("pipeline", {}), **cut},
+            "rule": {**settings.get("rule", {}), "name": rule},
+        }
+        build(self._settings)
+        self.folder: Path | None = None
+
+    def fit(
+        self,
+        train: Iterable[tuple[Tensor, Tensor]],
+        validation: Iterable[tuple[Tensor, Tensor]] | None = None,
+        epochs: int = 1,
+        *,
+        resume: str | Path | None = None,
+    ) -> dict[str, Any]:
+        """Train; returns the run's summary (its keys: docs/files.md).
+
+        Args:
+            train: batches (x, y), again from the start each epoch, with a length: a DataLoader, a list of batches.
+                Its order may use torch's global random state, which the seed and the epoch decide.
+            validation: evaluated at the end, and every eval.every batches.
+            resume: the folder of a run to continue from its newest complete checkpoint.
+
+        Raises UsageError for what can be mended; ends the script with status 1 if a stage fails.
+        """
+        global _fits
+        _fits += 1
+        started = json.loads(os.environ.get(LAUNCHED, "null"))  # the folders of this script's runs, up to the one meant
+        if started is not None and _fits < len(started):
+            return self._read(Path(started[_fits - 1]))  # an earlier fit of the same script: it is done
+        folder = Path(resume) if resume else Path(started[-1]) if started else _new_folder(self._settings)
+        if is_worker():
+            self._work(_config(self._settings, folder, epochs), train, validation, resume is not None)
+            if started is not None:
+                sys.exit(0)  # what stands behind fit() is for the launching process
+        else:
+            _folders.append(str(folder))
+            config = _config(self._settings, folder, epochs)
+            status = launch(config.pipeline.stages, _own_command(), json.dumps(_folders))
+            if status:
+                sys.exit(status)
+        return self._read(folder)
+
+    def model(self) -> nn.Module:
+        """The whole model with its trained weights: the module given to Run, in this process."""
+        if self.folder is None:
+            raise UsageError("Run.model() before Run.fit(): there are no trained weights yet")
+        self._model.load_state_dict(checkpoint.weights(self.folder))
+        return self._model
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        self.folder = folder
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        return summary
+
+    def _work(self, config: Config, train: Batches, validation: Batches | None, resume: bool) -> None:
+        from dnipipe.session import Job  # what a launching process has no use for
+        from dnipipe.process import guarded
+
+        task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
+        job = Job(
+            config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, own_weights=True
+        )
+        status = guarded(job, resume)
+        if status:
+            sys.exit(status)
+
+
+_folders: list[str] = []  # of the runs that this process has launched
+
+
+def _config(settings: dict[str, dict[str, Any]], folder: Path, epochs: int) -> Config:
+    train, output = settings.get("train", {}), settings.get("output", {})
+    return build({**settings, "train": {"epochs": epochs, **train}, "output": {**output, "run": str(folder)}})
+
+
+def _new_folder(settings: dict[str, dict[str, Any]]) -> Path:
+    return new_run(Path(settings.get("output", {}).get("dir", Output.dir)), "fit")
+
+
+def _own_command() -> list[str]:
+    """The arguments with which this Python was started, to start it so again."""
+    arguments = sys.orig_argv[1:]
+    if not arguments or arguments == ["-"] or hasattr(sys, "ps1"):
+        raise UsageError(
+            "fit() starts this script again, once for each stage, and there is none: this is an interactive session. "
+            "Save it as a file and run: python train.py"
+        )
+    return arguments
+
+
+__all__ = ["Run"]

@@ -1,0 +1,197 @@
+"""A model into stages: where to cut, what each edge carries, and the checks that belong before anything starts.
+
+    layers     0   1   2   3   4   5   6   7        children of the nn.Sequential
+    boundaries         2       4           7        first layer of each stage after the first
+    stages    [0   1] [2   3] [4   5   6] [7]
+
+A plan is plain values: stage 0 makes it and publishes it as JSON, so that no two processes measure differently.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dnipipe.errors import SplitError
+from dnipipe.predictors import Edge
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the model is cut and what flows there, for one batch like the first."""
+
+    layers: tuple[str, ...]  # names of the model's children, in order
+    boundaries: tuple[int, ...]  # first layer of each stage after the first
+    seconds: tuple[float, ...]  # forward + backward of each layer, measured
+    parameters: tuple[int, ...]  # of each layer
+    shapes: tuple[tuple[int, ...], ...]  # output of each layer, B first
+    dtypes: tuple[str, ...]  # of that output
+    y: tuple[int, ...]  # shape of the labels
+    classes: int | None  # labels are whole numbers in [0, classes)
+
+    @property
+    def stages(self) -> int:
+        return len(self.boundaries) + 1
+
+    def layers_of(self, stage: int) -> range:
+        """The layers of one stage."""
+        edges = (0, *self.boundaries, len(self.layers))
+        return range(edges[stage], edges[stage + 1])
+
+    def edge(self, stage: int) -> Edge:
+        """What the predictor of this stage must know. Stage K-1 has none."""
+        return Edge(self.shapes[self.layers_of(stage)[-1]], self.y, self.shapes[-1], self.classes)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        values = json.loads(text)
+        shapes = tuple(tuple(shape) for shape in values.pop("shapes"))
+        return cls(shapes=shapes, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def plan(
+    model: nn.Module,
+    stages: int,
+    boundaries: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    classes: int | None,
+    device: str = "cpu",
+) -> Plan:
+    """Measure the layers on one batch (x, y), cut into `stages` (at `boundaries`, or balanced), and check the cut.
+
+    The model is left as it was: what is measured is a copy, and torch's random state is put back.
+    Raises SplitError: not an nn.Sequential, more stages than layers, a stage without parameters to train, a parameter
+    that two stages share.
+    """
+    if not isinstance(model, nn.Sequential):
+        raise SplitError(
+            f"the model is a {type(model).__name__}, and only an nn.Sequential can be cut between its children: "
+            "wrap its parts as nn.Sequential(first, second, ...)"
+        )
+    layers = [name for name, _ in model.named_children()]
+    if stages > len(layers):
+        raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
+    seconds, outputs = _measure(model, x, device)
+    trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
+    cut = tuple(boundaries) or balance(seconds, trainable, stages)
+    made = Plan(
+        layers=tuple(layers),
+        boundaries=cut,
+        seconds=tuple(seconds),
+        parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in model),
+        shapes=tuple(tuple(h.shape) for h in outputs),
+        dtypes=tuple(str(h.dtype).removeprefix("torch.") for h in outputs),
+        y=tuple(y.shape),
+        classes=classes,
+    )
+    _check(model, made, trainable)
+    return made
+
+
+def balance(seconds: Sequence[float], trainable: Sequence[bool], stages: int) -> tuple[int, ...]:
+    """Boundaries that make the slowest stage as fast as possible, each stage having something to train.
+
+    Exact, by dynamic programming over (stages, layers): O(K n²).
+    """
+    n = len(seconds)
+    infinite = float("inf")
+    # best[k][j]: the slowest of k stages made of the first j layers; back[k][j]: where the k-th of them starts
+    best = [[infinite] * (n + 1) for _ in range(stages + 1)]
+    back = [[0] * (n + 1) for _ in range(stages + 1)]
+    best[0][0] = 0.0
+    for k in range(1, stages + 1):
+        for j in range(k, n + 1):
+            for i in range(k - 1, j):
+                slowest = max(best[k - 1][i], sum(seconds[i:j]))
+                if any(trainable[i:j]) and slowest < best[k][j]:
+                    best[k][j], back[k][j] = slowest, i
+    if best[stages][n] == infinite:
+        raise SplitError(
+            f"{stages} stages, but only {sum(trainable)} layers have parameters to train, and each stage needs one: "
+            f"use at most {sum(trainable)} stages"
+        )
+    cut, j = [], n
+    for k in range(stages, 1, -1):
+        j = back[k][j]
+        cut.append(j)
+    return tuple(reversed(cut))
+
+
+def part(model: nn.Module, made: Plan, stage: int) -> nn.Sequential:
+    """One stage as a module whose parameters keep the whole model's names."""
+    children = list(model.named_children())
+    return nn.Sequential(OrderedDict(children[layer] for layer in made.layers_of(stage)))
+
+
+def _measure(model: nn.Sequential, x: Tensor, device: str) -> tuple[list[float], list[Tensor]]:
+    """Median seconds of forward + backward of each layer on one batch, and each layer's output."""
+    seconds, outputs = [], []
+    with torch.random.fork_rng():
+        h = x.to(device)
+        for name, layer in model.named_children():
+            twin = copy.deepcopy(layer).to(device).train()
+            try:
+                runs = [_seconds(twin, h) for _ in range(4)][1:]  # the first one warms up
+            except Exception as error:
+                raise SplitError(
+                    f"layer {name} cannot take the output {tuple(h.shape)} of the layers before it: {error}"
+                ) from error
+            seconds.append(sorted(run for run, _ in runs)[1])
+            h = runs[-1][1]
+            outputs.append(h)
+    return seconds, outputs
+
+
+def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, Tensor]:
+    x = x.detach()
+    if x.is_floating_point():
+        x.requires_grad_()
+    started = time.perf_counter()
+    h = layer(x)
+    if not isinstance(h, Tensor):
+        raise TypeError(f"it returns a {type(h).__name__}, and an edge carries one tensor")
+    if h.requires_grad:
+        h.backward(torch.ones_like(h))
+    if h.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, h.detach()
+
+
+def _check(model: nn.Sequential, made: Plan, trainable: Sequence[bool]) -> None:
+    edges = (0, *made.boundaries, len(made.layers))
+    if any(left >= right for left, right in pairwise(edges)):
+        raise SplitError(
+            f"boundaries {list(made.boundaries)} do not rise from 1 to {len(made.layers) - 1}: each names the first "
+            f"layer of a stage, and the model has {len(made.layers)} layers"
+        )
+    owner: dict[int, tuple[int, str]] = {}
+    for stage in range(made.stages):
+        layers = made.layers_of(stage)
+        if not any(trainable[layer] for layer in layers):
+            raise SplitError(
+                f"stage {stage} (layers {layers.start} to {layers.stop - 1}) has no parameter to train: "
+                "move the boundary so that it has"
+            )
+        for name, parameter in part(model, made, stage).named_parameters(remove_duplicate=False):
+            first = owner.setdefault(id(parameter), (stage, name))
+            if first[0] != stage:
+                raise SplitError(
+                    f"stages {first[0]} and {stage} share a parameter ({first[1]} is {name}): put both layers into one "
+                    "stage, or untie them"
+                )
+
+
+__all__ = ["Plan", "balance", "part", "plan"]

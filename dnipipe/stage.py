@@ -1,0 +1,260 @@
+"""One batch's journey through one stage. Messages in, messages out; no I/O, no clock of its own, no neighbour.
+
+            x, y ──► stage 0 ──h0,y──► stage 1 ──h1,y──► … ──► stage K-1 ──► loss(h, y)
+                        ▲                 ▲                        │
+                        └──────g0─────────┴──────────g1────────────┘      (whenever they come)
+on Activation(id, x, y):                        on Gradient(id, g):
+  1 h = f_k(x)                                    6 pending = take(id)
+  2 yield Activation(id, h, y)   next stage starts  7 rule.arrived(h, y, g): the predictor learns; a rule that waited
+  3 ĝ = rule.now(h, y)           None: this rule waits     returns the gradient to apply now (the forward is run again)
+  4 h.backward(ĝ); yield Gradient(id, x.grad); optimizer.step()
+  5 pending[id] = data only, never a graph
+
+`Stage.handle(message)` is a generator, and **a yield is a send**: what follows it runs while the neighbour already
+works. The caller must drain it, or the update is lost; the worker owns the only such loop.
+
+h.backward(g) with a known g is the whole trick: autograd's vector-Jacobian product gives dL/dθ = Σ g·∂h/∂θ, and x.grad
+is the gradient for the stage before (docs/known-gradient.md).
+
+A graph older than an optimizer step cannot be used: autograd raises, for the weights it saved were changed in place. So
+what waits keeps its data and runs the forward again, with the same dropout mask and without counting BatchNorm's
+statistics twice. Randomness is a function of (seed, layer, batch id) alone, so a run that is resumed draws what it would
+have drawn.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.func import functional_call
+
+from dnipipe.errors import MessageError
+from dnipipe.gradient_rules import GradientRule, Use
+from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
+from dnipipe.metrics import StageMetrics
+from dnipipe.predictors import Loss, loss_terms
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A batch that lacks its gradient: data only, never a graph."""
+
+    x: Tensor | None  # the input (B, D...), if the forward will be run again
+    h: Tensor  # the output (B, D...), detached
+    y: Tensor
+    predicted: Tensor | None  # ĝ, if the rule made one
+    updated: bool  # the stage has already stepped on this batch
+    answered: bool  # the stage before already has its Gradient
+    updates: int  # how many updates the stage had made when it sent h
+
+
+class Stage:
+    """Stage k of K: its layers, its rule, its optimizer, and the batches that wait for their gradient.
+
+    Args:
+        index, stages: k and K.
+        module: the layers; parameters keep the whole model's names.
+        rule: where the gradient comes from; the loss itself (LossGradient) in the last stage.
+        optimizer: of the module's parameters. schedule: batch id -> factor on its learning rates.
+        clip: largest norm of the stage's gradient; 0 is no limit.
+        loss: of the model, for evaluation; used by the last stage only.
+        seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        stages: int,
+        module: nn.Module,
+        rule: GradientRule,
+        optimizer: torch.optim.Optimizer,
+        metrics: StageMetrics,
+        *,
+        loss: Loss,
+        schedule: Callable[[int], float] = lambda batch: 1.0,
+        clip: float = 0.0,
+        seed: int = 0,
+        first_layer: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.index, self.stages = index, stages
+        self.module, self.rule, self.optimizer, self.metrics = module, rule, optimizer, metrics
+        self.loss, self.schedule, self.clip = loss, schedule, clip
+        self.seed, self.first_layer, self.device = seed, first_layer, device
+        self.pending: dict[int, Pending] = {}
+        self.evaluating: set[int] = set()
+        self.save_after: set[int] = set()  # checkpoints that wait for an update
+        self.updates = 0
+        self.last_batch = 0
+        self._base_lr = [group["lr"] for group in optimizer.param_groups]
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.stages - 1
+
+    @property
+    def in_flight(self) -> int:
+        """Batches sent on that the next stage has not answered: what the window limits."""
+        return len(self.pending) + len(self.evaluating)
+
+    def handle(self, message: Message) -> Iterator[Message]:
+        """What this stage sends because of `message`. Raises MessageError for a message that does not belong here."""
+        if isinstance(message, Activation):
+            return self.on_activation(message)
+        if isinstance(message, Gradient):
+            return self.on_gradient(message)
+        if isinstance(message, Evaluation):
+            return self.on_evaluation(message)
+        if isinstance(message, Answer):
+            return self.on_answer(message)
+        if isinstance(message, Checkpoint):
+            return self.on_checkpoint(message)
+        if isinstance(message, (Saved, Report)):
+            return iter([message])  # on its way up to stage 0
+        raise MessageError(f"stage {self.index} cannot handle a {type(message).__name__}")
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def on_activation(self, message: Activation) -> Iterator[Message]:
+        batch, y = message.batch, message.y.to(self.device)
+        if batch <= self.last_batch:
+            raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
+        self.last_batch = batch
+        self._mode(training=True)
+        x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and self.rule.teaches)
+        with self.metrics.clock.span("forward"):
+            self._seed(batch)
+            h = self.module(x)  # 1
+        if not self.last:
+            yield Activation(batch, h.detach(), y)  # 2
+        with self.metrics.clock.span("predictor"):
+            use = self.rule.now(batch, h.detach(), y)  # 3
+        pending = Pending(
+            x=None if use and use.update and use.send else x.detach(),
+            h=h.detach(),
+            y=y,
+            predicted=use.g if use else None,
+            updated=use is not None and use.update,
+            answered=use is not None and use.send,
+            updates=self.updates,
+        )
+        if use:
+            yield from self._apply(batch, x, h, use)  # 4
+        if not self.last:
+            self.pending[batch] = pending  # 5
+        elif use is None:
+            yield from self._skip(batch, "loss not finite")
+        self.metrics.trained(batch, y.shape[0])
+
+    def on_gradient(self, message: Gradient) -> Iterator[Message]:
+        batch, g = message.batch, message.g if message.g is None else message.g.to(self.device)
+        pending = self.pending.pop(batch, None)  # 6
+        if pending is None or (g is not None and g.shape != pending.h.shape):
+            raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
+        if g is not None:
+            self.metrics.received(pending.predicted, g, self.updates - pending.updates)
+        with self.metrics.clock.span("predictor"):
+            use = self.rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
+        if use and (use.update or self.index > 0):
+            assert pending.x is not None
+            x = pending.x.requires_grad_(self.index > 0)
+            with self.metrics.clock.span("forward"):
+                h = self._forward_again(batch, x)
+            yield from self._apply(batch, x, h, use)
+        elif g is None and self.rule.teaches:
+            yield from self._skip(batch, "no gradient came", answered=pending.answered)
+        if batch in self.save_after:
+            self.save_after.remove(batch)
+            yield Saved(batch, self.index)
+
+    def _apply(self, batch: int, x: Tensor, h: Tensor, use: Use) -> Iterator[Message]:
+        """Step 4: backpropagate a known gradient; the stage before has its answer before the optimizer steps."""
+        with self.metrics.clock.span("backward"):
+            if use.update:
+                h.backward(use.g)  # type: ignore[no-untyped-call]
+            elif use.send and x.requires_grad:
+                (x.grad,) = torch.autograd.grad(h, x, use.g)
+        if use.send and self.index > 0:
+            yield Gradient(batch, x.grad)
+        if use.update:
+            with self.metrics.clock.span("optimizer"):
+                self._step(batch)
+
+    def _step(self, batch: int) -> None:
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        factor = self.schedule(batch)
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+
+    def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
+        """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""
+        self.metrics.skip(why)
+        if self.index > 0 and not answered:
+            yield Gradient(batch, None)
+
+    def _forward_again(self, batch: int, x: Tensor) -> Tensor:
+        """The forward of a batch that waited: same random numbers, and buffers (BatchNorm) as they are, kept so."""
+        self._mode(training=True)
+        self._seed(batch)
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        h: Tensor = functional_call(self.module, buffers, (x,))
+        return h
+
+    def _seed(self, batch: int) -> None:
+        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.first_layer}/{batch}".encode()))
+
+    def _mode(self, training: bool) -> None:
+        if self.module.training != training:
+            self.module.train(training)
+
+    # -- evaluation and markers --------------------------------------------------------------------------------
+
+    def on_evaluation(self, message: Evaluation) -> Iterator[Message]:
+        self._mode(training=False)
+        with self.metrics.clock.span("forward"), torch.no_grad():
+            h = self.module(message.x.to(self.device))
+        if not self.last:
+            self.evaluating.add(message.batch)
+            yield Evaluation(message.batch, h, message.y)
+        else:
+            yield Answer(message.batch, h if message.y is None else score(h, message.y.to(self.device), self.loss))
+
+    def on_answer(self, message: Answer) -> Iterator[Message]:
+        if message.batch not in self.evaluating:
+            raise MessageError(f"stage {self.index} did not ask for this answer to batch {message.batch}")
+        self.evaluating.remove(message.batch)
+        yield message
+
+    def on_checkpoint(self, message: Checkpoint) -> Iterator[Message]:
+        """The marker goes on at once; this stage saves right after its update on that batch, now or later."""
+        if not self.last:
+            yield message
+        pending = self.pending.get(message.batch)
+        if pending is not None and not pending.updated:
+            self.save_after.add(message.batch)
+        else:
+            yield Saved(message.batch, self.index)
+
+
+def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """(sum of losses, correct, loss terms, samples) as float64 (4,); correct is -1 where labels are no classes."""
+    terms = loss_terms(y)
+    with torch.no_grad():
+        total = loss(h, y).double() * terms
+    correct = torch.tensor(-1.0)
+    if not y.is_floating_point():
+        axis = -1 if h.shape[:-1] == y.shape else 1
+        correct = (h.argmax(axis) == y).sum()
+    return torch.tensor([total.item(), correct.item(), terms, y.shape[0]], dtype=torch.float64)
+
+
+__all__ = ["Pending", "Stage", "score"]

@@ -1,0 +1,209 @@
+"""Stages in different processes or on different machines, over ZeroMQ: ipc (socket files) and tcp.
+
+    stage k ── DEALER, binds ◄────── edge ──────► DEALER, connects ── stage k+1        one pair of sockets an edge
+
+ZeroMQ keeps order but not every message: what is under way when a connection breaks is lost without a word. So each
+message carries the run's token (another run's is dropped and counted) and its number on this edge (a gap is PeerLost),
+and a monitor on each socket tells when a connection ends. A stage that only hangs still looks alive here: that the
+worker sees, by its own limits. One thread owns a transport; only `wake` may be called from elsewhere.
+
+What was sent before an orderly close arrives if the neighbour's queue has room for it; libzmq drops what still lies in
+the kernel's buffers when a connection ends while the queue is full. So a stage closes once all it sent is answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import zmq
+
+from dnipipe import codec
+from dnipipe.errors import ConfigError, MessageError, WaitTimeout
+from dnipipe.messages import Message
+from dnipipe.transport import Side
+from dnipipe.transport.edge import Edge, check_address
+
+LINGER = 5.0  # seconds in which close() delivers what was sent
+
+
+class ZmqTransport:
+    """One stage's end of its edges (see Transport).
+
+    Args:
+        run: the run's token; messages that carry another are dropped.
+        queue: messages that may wait at each end of an edge, in each direction.
+        timeout: seconds that `send` waits for room.
+        max_message: largest tensor, bytes.
+        names: what errors call the neighbours, e.g. {Side.NEXT: "stage 2"}.
+    """
+
+    def __init__(
+        self, run: str, *, queue: int, timeout: float, max_message: int, names: Mapping[Side, str] | None = None
+    ) -> None:
+        self.run, self.queue, self.timeout, self.max_message = run, queue, timeout, max_message
+        self.names = {side: f"the {side.value} stage" for side in Side} | dict(names or {})
+        self.dropped: Counter[str] = Counter()  # messages thrown away, by reason
+        self._context = zmq.Context(io_threads=1)  # 1: one feeds 2 GB/s and more
+        self._context.set(zmq.MAX_SOCKETS, 16)  # two sockets, two monitors with two ends each, and the library's own
+        self._edges: dict[Side, Edge] = {}
+        self._woken, self._wake = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(self._wake, False)
+        self._closed = False
+
+    # -- connecting --------------------------------------------------------------------------------------------
+
+    def listen(self, address: str) -> str:
+        """Open the edge to the next stage, "tcp://127.0.0.1:*" or "ipc:///folder/file"; returns its exact endpoint.
+
+        Raises ConfigError for an address that cannot be had, or that would let in other machines unasked.
+        """
+        check_address(address)
+        file = Path(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
+        if file and file.exists():  # zmq would take it from whoever listens there
+            raise ConfigError(f"cannot listen on {address}: the file exists already; choose another, or remove it")
+        edge = self._open(Side.NEXT, address)
+        try:
+            edge.socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot listen on {address}: {error.strerror}; choose another address") from None
+        edge.endpoint, edge.file = edge.socket.get_string(zmq.LAST_ENDPOINT), file
+        return edge.endpoint
+
+    def connect(self, endpoint: str) -> None:
+        """Open the edge to the previous stage, at what its `listen` returned. It need not be there yet."""
+        check_address(endpoint)
+        try:
+            self._open(Side.PREVIOUS, endpoint).socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot connect to {endpoint}: {error.strerror}") from None
+
+    def _open(self, side: Side, address: str) -> Edge:
+        if side in self._edges:
+            raise ValueError(f"the edge to {self.names[side]} is open already")
+        edge = Edge(self._context, self.names[side], address, self.queue, self.max_message, LINGER)
+        self._edges[side] = edge
+        return edge
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, side: Side, message: Message) -> None:
+        """Raises PeerLost if that side is gone, WaitTimeout if its queue stays full, MessageError if too large."""
+        edge = self._edges[side]
+        edge.watch()
+        edge.check()
+        frames = codec.encode(message, self.run, edge.sent)
+        largest = max(map(len, frames[1:]), default=0)
+        if largest > self.max_message:
+            raise MessageError(
+                f"a {type(message).__name__} holds a tensor of {largest} bytes, the limit is {self.max_message}: "
+                "raise transport.max_message"
+            )
+        deadline = time.monotonic() + self.timeout
+        while not edge.put(frames):
+            self._watch()
+            edge.check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimeout(
+                    f"waited {self.timeout:g} s (transport.timeout) to send a {type(message).__name__} of batch "
+                    f"{getattr(message, 'batch', None)} to {edge.name}, which takes nothing more; {edge.history()}"
+                )
+            self._poll([(edge.socket, zmq.POLLOUT)], [edge], left)
+        edge.count_sent(message)
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    def receive(self, sides: Sequence[Side], timeout: float) -> tuple[Side, Message] | None:
+        """The next message, None after `timeout` or a wake. Raises PeerLost after a lost side's last message.
+
+        Raises MessageError for what is no message, and PeerLost if messages before this one are missing.
+        """
+        edges = {side: self._edges[side] for side in sides}
+        deadline = time.monotonic() + timeout
+        while not self._was_woken():
+            for side, edge in edges.items():
+                message = self._take(edge)
+                if message is not None:
+                    return side, message
+            self._watch()
+            for edge in edges.values():  # after _take: what came before the end has been handed out
+                edge.check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            sockets = [(edge.socket, zmq.POLLIN) for edge in edges.values()]
+            self._poll([*sockets, (self._woken, zmq.POLLIN)], edges.values(), left)
+        return None
+
+    def _take(self, edge: Edge) -> Message | None:
+        """A message that is there already, if it is this run's."""
+        while not edge.lost:
+            frames = edge.get()
+            if frames is None:
+                break
+            header = codec.read_header(frames[0].buffer)
+            if header.run != self.run:
+                self.dropped["another run"] += 1
+                continue
+            edge.check_order(header.seq)
+            message = codec.read_body(header, [frame.buffer for frame in frames[1:]], self.max_message)
+            edge.count_received(message)
+            return message
+        return None
+
+    # -- waiting -----------------------------------------------------------------------------------------------
+
+    def _poll(self, wanted: list[tuple[zmq.Socket[bytes] | int, int]], edges: Iterable[Edge], seconds: float) -> None:
+        """Sleep until something wanted, or an event of a connection, or a lost edge's grace is over, or the limit."""
+        poller = zmq.Poller()
+        for what, flags in wanted:
+            poller.register(what, flags)
+        for edge in self._edges.values():
+            poller.register(edge.monitor, zmq.POLLIN)
+        now = time.monotonic()
+        ends = [edge.deadline - now for edge in edges if edge.deadline is not None]
+        poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends]))))
+
+    def _watch(self) -> None:
+        for edge in self._edges.values():
+            edge.watch()
+
+    def _was_woken(self) -> bool:
+        try:
+            return bool(os.read(self._woken, 4096))
+        except BlockingIOError:
+            return False
+
+    @property
+    def wake_fd(self) -> int:
+        """For signal.set_wakeup_fd: a byte written here wakes `receive`."""
+        return self._wake
+
+    def wake(self) -> None:
+        """Make a `receive` that waits, or the next one, return None at once. Safe in a signal handler."""
+        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody waits
+            os.write(self._wake, b"\0")
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Deliver what was sent, for at most LINGER seconds, then let go of every socket and file."""
+        if self._closed:
+            return
+        self._closed = True
+        woken, wake, self._woken, self._wake = self._woken, self._wake, -1, -1  # a late wake must hit no other file
+        os.close(woken)
+        os.close(wake)
+        for edge in self._edges.values():
+            edge.close()
+        self._context.term()
+        for edge in self._edges.values():
+            if edge.file:
+                edge.file.unlink(missing_ok=True)

@@ -1,0 +1,292 @@
+"""One process of the pipeline at work: the loop that gives the stage its messages and sends what it yields.
+
+    for message in self.inbox():
+        for out in self.stage.handle(message):
+            self.send(out)
+
+The inbox blocks, and never spins: a message from the next stage comes first (it frees the window and teaches), then, if
+the window has room, one from the stage before, or at stage 0 the next of the script. Each wait has a limit, and whom it
+waits for is said when it strikes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from dnipipe.errors import DnipipeError, HandshakeError, PeerError, PeerLost, PeerStopped, RunError, WaitTimeout
+from dnipipe.head import Head
+from dnipipe.messages import Activation, Checkpoint, Evaluation, Gradient, Hello, Message, Report, Saved, Stop
+from dnipipe.metrics import JsonLines, StageMetrics
+from dnipipe.stage import Stage
+from dnipipe.transport import Side, Transport
+from dnipipe.window import Window
+
+GRACE = 20.0  # seconds in which an interrupted run must have ended in order
+
+
+class Worker:
+    """A stage, its transport, and the loop between them.
+
+    Args:
+        save: writes the stage's part of the checkpoint of a batch.
+        timeout: the longest wait for a neighbour, seconds.
+        head: stage 0's script; None elsewhere.
+        report_every: seconds between two lines of metrics.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        transport: Transport,
+        window: Window,
+        metrics: StageMetrics,
+        log: JsonLines,
+        save: Callable[[int], None],
+        *,
+        timeout: float,
+        report_every: float,
+        head: Head | None = None,
+    ) -> None:
+        self.stage, self.transport, self.window, self.metrics, self.log = stage, transport, window, metrics, log
+        self.save, self.timeout, self.report_every, self.head = save, timeout, report_every, head
+        self.stopping = False  # Stop has been seen: nothing more comes from before
+        self.finals = 0  # final reports that came up from the stages behind
+        self.interrupted_at: float | None = None
+        self._asked_to_stop = False
+        self._waiting_since: float | None = None
+        self._next_report = time.monotonic() + report_every
+        self._starved: set[int] = set()  # batches for which this stage sat idle
+        self._heard = {Side.PREVIOUS: 0, Side.NEXT: 0}  # last batch id that each neighbour spoke of
+        self._parent = os.getppid()
+
+    @property
+    def index(self) -> int:
+        return self.stage.index
+
+    def run(self) -> None:
+        """Work until Stop has passed and every batch has its answer; then report for the last time.
+
+        Raises whatever ends the run early, after telling both neighbours why.
+        """
+        self.metrics.begin()
+        try:
+            for message in self.inbox():
+                for out in self.stage.handle(message):
+                    self.send(out)
+            self._finish()
+        except BaseException as error:
+            self._tell(self._describe(error))
+            raise
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Route what the stage yields: batches and markers down, everything else up; stage 0's own head takes the rest."""
+        with self.metrics.clock.span("send"):
+            if isinstance(message, (Activation, Evaluation, Checkpoint)):
+                self.transport.send(Side.NEXT, message)
+                return
+            if isinstance(message, Gradient) and message.batch in self._starved:
+                self._starved.discard(message.batch)
+                message = replace(message, starved=True)
+        if isinstance(message, Saved) and message.stage == self.index:
+            with self.metrics.clock.span("checkpoint"):
+                self.save(message.batch)
+        if self.head:
+            self.head.take(message)
+        else:
+            with self.metrics.clock.span("send"):
+                self.transport.send(Side.PREVIOUS, message)
+
+    def _tell(self, reason: str) -> None:
+        """Best effort: both neighbours learn at once why this stage ends."""
+        for side in self._sides():
+            with contextlib.suppress(DnipipeError):
+                self.transport.send(side, Stop(self.stage.last_batch, reason))
+
+    def _describe(self, error: BaseException) -> str:
+        """The first cause, however far it travelled."""
+        return str(error) if isinstance(error, PeerStopped) else f"stage {self.index}: {error or type(error).__name__}"
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    def inbox(self) -> Iterator[Message]:
+        """Messages for the stage, until nothing more is to come."""
+        while not (self.stopping and self.stage.in_flight == 0):
+            message = self._next()
+            if isinstance(message, Stop):
+                self._stop(message)
+            elif message is not None and not self._is_final(message):
+                yield message
+
+    def _next(self) -> Message | None:
+        """The next message, if one comes before something else is due (a report, a limit)."""
+        self._tick()
+        room = self.stage.in_flight < self.window.size
+        with self.metrics.clock.span("receive"):
+            sides = self._sides(room)
+            got = self.transport.receive(sides, 0) if sides else None
+        waited = False
+        if got is None and self.head and room and not self.stopping:
+            fed = self.head.next()
+            if fed is not None:
+                return fed
+        if got is None:
+            waited = True
+            with self.metrics.clock.span("idle"):
+                got = self.transport.receive(sides, max(0.0, self._next_report - time.monotonic()))
+        return self._received(*got, waited, room) if got else None
+
+    def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
+        self._waiting_since = None
+        if isinstance(message, (Activation, Gradient)):
+            self._heard[side] = message.batch
+        if isinstance(message, Activation) and waited:
+            self._starved.add(message.batch)
+        if isinstance(message, Gradient):
+            self.window.answered(starved=message.starved, blocked=waited and not room)
+        return message
+
+    def _sides(self, room: bool = True) -> list[Side]:
+        """Where something may come from; the next stage first."""
+        sides = [Side.NEXT] if not self.stage.last else []
+        if self.index > 0 and room and not self.stopping:
+            sides.append(Side.PREVIOUS)
+        return sides
+
+    def _is_final(self, message: Message) -> bool:
+        """Final reports are for `_finish`; one may come while this stage still waits for its last gradients."""
+        if isinstance(message, Report) and message.final:
+            self.finals += 1
+            self.send(message)
+            return True
+        return False
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def _stop(self, message: Stop) -> None:
+        """From before, or from the script: the end. From behind: a wish to end, or the reason of a failure."""
+        if message.reason:
+            raise PeerStopped(message.reason)
+        if message.batch < 0:
+            self.interrupt()
+        else:
+            self.stopping = True
+            if not self.stage.last:
+                self.transport.send(Side.NEXT, message)
+
+    def interrupt(self) -> None:
+        """End soon and in order. Only stage 0 can begin that, so any other passes the wish up. For signal handlers:
+        sets a flag and wakes the loop."""
+        if self.interrupted_at is None:
+            self.interrupted_at = time.monotonic()
+        self.transport.wake()
+
+    def _finish(self) -> None:
+        """The stages behind report for the last time, and then this one does, so that stage 0 has all of them."""
+        while self.finals < self.stage.stages - 1 - self.index:
+            message = self._next()
+            if isinstance(message, Stop):
+                self._stop(message)
+            elif message is not None and not self._is_final(message):
+                for out in self.stage.handle(message):
+                    self.send(out)
+        self._report()
+        self.send(Report(self.index, self.stage.last_batch, self.metrics.totals(), final=True))
+
+    # -- limits and reports ------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """What is due between two messages: the limits, and a line of metrics."""
+        now = time.monotonic()
+        if self.interrupted_at is not None:
+            self._hurry(now)
+        if now >= self._next_report:
+            self._next_report = now + self.report_every
+            self._report()
+            if os.getppid() != self._parent:
+                raise PeerLost(f"stage {self.index} ends: the process that started it is gone")
+        if self._waiting_since is None:
+            self._waiting_since = now
+        elif now - self._waiting_since > self.timeout:
+            raise WaitTimeout(self._whom(now - self._waiting_since))
+
+    def _hurry(self, now: float) -> None:
+        if not self._asked_to_stop and not self.stopping:
+            self._asked_to_stop = True
+            if self.head:
+                self.head.interrupt()
+            else:
+                self.transport.send(Side.PREVIOUS, Stop(-1))
+        assert self.interrupted_at is not None
+        if now - self.interrupted_at > GRACE:
+            raise WaitTimeout(f"not ended {GRACE:g} s after it was asked to: {self._whom(now - self.interrupted_at)}")
+
+    def _whom(self, seconds: float) -> str:
+        """Who waited for whom, since when, and the last batch id of both."""
+        behind = self.stage.in_flight > 0 or self.stopping
+        side, whom = (Side.NEXT, self.index + 1) if behind else (Side.PREVIOUS, self.index - 1)
+        what = f"an answer to batch {min(self.stage.pending, default=self.stage.last_batch)}" if behind else "a batch"
+        return (
+            f"stage {self.index} waited {seconds:.0f} s for {what} from stage {whom} (transport.timeout = "
+            f"{self.timeout:g}); last batch here {self.stage.last_batch}, last heard of from it {self._heard[side]}"
+        )
+
+    def _report(self) -> None:
+        numbers = self.metrics.numbers(self.stage.in_flight, self.window.size)
+        self.log.write(self.stage.last_batch, numbers)
+        self.send(Report(self.index, self.stage.last_batch, numbers))
+
+    # -- the first words ---------------------------------------------------------------------------------------
+
+    def greet(self, mine: dict[Side, Hello]) -> None:
+        """Exchange Hello on each side and refuse a neighbour that does not fit. Raises HandshakeError, WaitTimeout."""
+        for side, hello in mine.items():
+            self.transport.send(side, hello)
+        deadline = time.monotonic() + self.timeout
+        waiting = set(mine)
+        while waiting:
+            got = self.transport.receive(list(waiting), max(0.0, deadline - time.monotonic()))
+            if got is None and (time.monotonic() >= deadline or self.interrupted_at is not None):
+                raise WaitTimeout(
+                    f"stage {self.index} waited {self.timeout:g} s for the Hello of its "
+                    f"{' and '.join(sorted(side.value for side in waiting))} stage (transport.timeout)"
+                )
+            if got is not None:
+                side, message = got
+                if isinstance(message, Stop):
+                    raise PeerStopped(message.reason)
+                check_hello(mine[side], message, side)
+                waiting.remove(side)
+
+
+def check_hello(mine: Hello, theirs: Message, side: Side) -> None:
+    """Raises HandshakeError that names the first field in which the neighbour's Hello does not fit."""
+    if not isinstance(theirs, Hello):
+        raise HandshakeError(f"the {side.value} stage began with a {type(theirs).__name__} instead of a Hello")
+    expected = replace(mine, stage=mine.stage + (1 if side is Side.NEXT else -1))
+    for field in ("protocol", "run", "stages", "stage", "incarnation", "shape", "dtype"):
+        here, there = getattr(expected, field), getattr(theirs, field)
+        if here != there:
+            raise HandshakeError(
+                f"stage {mine.stage} refuses its {side.value} stage: {field} is {there!r} there, {here!r} expected here"
+            )
+    check_settings(mine.settings, theirs.settings, f"stage {mine.stage}", f"stage {theirs.stage}")
+
+
+def check_settings(mine: tuple[str, ...], theirs: tuple[str, ...], me: str, they: str) -> None:
+    """Raises HandshakeError that names the first setting in which two stages differ."""
+    for here, there in zip(mine, theirs, strict=False):
+        if here != there:
+            raise HandshakeError(f"{me} and {they} have different settings: {here} here, {there} there")
+    if len(mine) != len(theirs):
+        raise HandshakeError(
+            f"{me} has {len(mine)} settings and {they} has {len(theirs)}: different versions of dnipipe"
+        )
+
+
+__all__ = ["PeerError", "RunError", "Worker", "check_hello", "check_settings"]

@@ -1,0 +1,112 @@
+"""What several tests need: small stages, and a line of them in one process."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe.gradient_rules import GradientRule, LossGradient
+from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Saved
+from dnipipe.metrics import StageMetrics
+from dnipipe.stage import Stage
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+class Line:
+    """K stages in one process, their messages in queues: each stage takes one message in turn, the last stage first.
+
+    `delay` holds every gradient back for so many rounds. What reaches the head is in `taken`.
+    """
+
+    def __init__(self, stages: list[Stage], delay: int = 0) -> None:
+        self.stages, self.delay = stages, delay
+        self.down: list[deque[Message]] = [deque() for _ in stages]
+        self.up: list[deque[tuple[int, Message]]] = [deque() for _ in stages]
+        self.taken: list[Message] = []
+        self.log: list[str] = []
+        self.round = 0
+
+    def feed(self, *messages: Message) -> None:
+        self.down[0].extend(messages)
+
+    def send(self, k: int, message: Message) -> None:
+        self.log.append(f"{k} {type(message).__name__} {getattr(message, 'batch', '')}".strip())
+        if isinstance(message, (Activation, Evaluation, Checkpoint)):
+            self.down[k + 1].append(message)
+        elif k == 0:
+            self.taken.append(message)
+        else:
+            self.up[k - 1].append((self.round + self.delay, message))
+
+    def run(self) -> Line:
+        """Until every queue is empty."""
+        while any(self.down) or any(self.up):
+            self.round += 1
+            for k in reversed(range(len(self.stages))):
+                while self.up[k] and self.up[k][0][0] <= self.round:
+                    self._handle(k, self.up[k].popleft()[1])
+                if self.down[k]:
+                    self._handle(k, self.down[k].popleft())
+        return self
+
+    def _handle(self, k: int, message: Message) -> None:
+        for out in self.stages[k].handle(message):
+            self.send(k, out)
+
+
+def make_stages(
+    modules: list[nn.Module],
+    rule: Callable[[int], GradientRule],
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    **options: object,
+) -> list[Stage]:
+    """Stages of these modules; `rule(k)` for all but the last, which has the loss."""
+    made, count = [], len(modules)
+    teaches = rule(0).teaches if count > 1 else True
+    for k, module in enumerate(modules):
+        metrics = StageMetrics(k, count)
+        own = rule(k) if k < count - 1 else LossGradient(loss, teaches, metrics.loss, bool(options.get("stop", True)))
+        kept = {name: value for name, value in options.items() if name != "stop"}
+        made.append(Stage(k, count, module, own, optimizer(list(module.parameters())), metrics, loss=loss, **kept))  # type: ignore[arg-type]
+    return made
+
+
+def blobs(
+    batches: int, size: int = 16, features: int = 8, classes: int = 3, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A small classification task: which of `classes` fixed centres is the sample near."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, features, generator=generator)
+    for _ in range(batches):
+        y = torch.randint(classes, (size,), generator=generator)
+        yield centres[y] + 0.5 * torch.randn(size, features, generator=generator), y
+
+
+@pytest.fixture
+def mnist() -> Path:
+    return _data("DNIPIPE_MNIST", "the folder with the four MNIST files")
+
+
+@pytest.fixture
+def text() -> Path:
+    return _data("DNIPIPE_TEXT", "a text file, such as TinyShakespeare's input.txt")
+
+
+def _data(variable: str, what: str) -> Path:
+    if variable not in os.environ:
+        pytest.skip(f"{variable} is not set: it names {what}")
+    return Path(os.environ[variable])
+
+
+__all__ = ["Answer", "Gradient", "Line", "Saved", "blobs", "make_stages"]

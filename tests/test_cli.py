@@ -1,0 +1,59 @@
+"""Commands that need no processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dnipipe import cli
+from dnipipe.config import describe
+from tests.test_processes import words
+
+
+def test_settings_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["settings"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} (" in shown for name, *_ in describe())
+
+
+def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", *words(pipeline__boundaries="2,3,4")]) == 0
+    shown = capsys.readouterr().out
+    assert "stage 3" in shown and "edge 2 → 3" in shown and "predictor" in shown
+    assert "float32 [8, 16, 16], 8 KiB" in shown
+
+
+@pytest.mark.parametrize("rule", ["local", "wait"])
+def test_check_knows_every_rule(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", *words(rule__name=rule)]) == 0
+    assert f"rule    {rule}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--rule.nam", "wait"], "unknown setting rule.nam"),
+        (["check", "none.toml"], "cannot read the configuration none.toml"),
+        (["check", *words(predictor__name="conv")], "predictor.name = conv needs an activation"),
+        (["check", *words(rule__name="local", predictor__name="linear")], "rule.name = local needs a predictor"),
+        (["train", "--resume", "/nowhere"], "/nowhere"),
+        (["export", "/nowhere", "-o", "x"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_two(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and len(shown.splitlines()) == 1
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "train" in capsys.readouterr().out

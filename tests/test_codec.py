@@ -1,0 +1,275 @@
+"""Messages survive the wire unchanged, and whatever is not a message becomes a MessageError that names the field."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields
+from typing import Any, get_args
+
+import msgpack
+import pytest
+import torch
+from torch import Tensor
+
+from dnipipe import codec
+from dnipipe.errors import MessageError
+from dnipipe.messages import (
+    PROTOCOL,
+    Activation,
+    Answer,
+    Checkpoint,
+    Evaluation,
+    Gradient,
+    Hello,
+    Message,
+    Report,
+    Saved,
+    Stop,
+)
+
+X, Y = torch.arange(12.0).reshape(3, 4), torch.tensor([1, 0, 2])
+EXAMPLES: list[Message] = [
+    Hello("0123abcd", 1, 4, 2, ("model.width=96", "train.seed=λ"), (32, 64, 96), "float32"),
+    Hello("r", 0, 1, 0),
+    Activation(7, X, Y),
+    Evaluation(8, X, Y),
+    Evaluation(8, X, None),
+    Checkpoint(9),
+    Stop(10),
+    Stop(-1, "stage 2: the loss is NaN"),
+    Gradient(11, X),
+    Gradient(11, None, starved=True),
+    Answer(12, torch.tensor([1.5, 2, 3, 4], dtype=torch.float64)),
+    Saved(13, 3),
+    Report(2, 14, {"loss": 1.25, "idle": float("inf")}, final=True),
+    Report(2, 14),
+]
+
+
+def wire(frames: list[Any]) -> list[Any]:
+    """As if received: each frame in memory of its own."""
+    return [memoryview(bytearray(frame)) for frame in frames]
+
+
+def assert_same(one: Message, other: Message) -> None:
+    assert type(one) is type(other)
+    for item in fields(one):
+        a, b = getattr(one, item.name), getattr(other, item.name)
+        if isinstance(a, Tensor):
+            assert b.dtype == a.dtype and b.shape == a.shape and torch.equal(a, b)
+        else:
+            assert type(a) is type(b) and a == b
+
+
+def test_examples_cover_every_message() -> None:
+    assert {type(message) for message in EXAMPLES} == set(get_args(Message))
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_round_trip(message: Message) -> None:
+    run, seq, back = codec.decode(wire(codec.encode(message, "run", 2**40)))
+    assert (run, seq) == ("run", 2**40)
+    assert_same(message, back)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0, 2), (2, 3), (1,) * 8], ids=str)
+@pytest.mark.parametrize("dtype", codec.DTYPES.values(), ids=str)
+def test_every_dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    message = Answer(1, (torch.randn(shape) * 3).abs().to(dtype))
+    assert_same(message, codec.decode(wire(codec.encode(message, "r", 0)))[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_tensors_arrive_whole(dtype: torch.dtype) -> None:
+    whole = torch.arange(24).reshape(4, 6).to(dtype)
+    for part in (whole.t(), whole[::2, 1:], whole[:1].expand(5, 6)):
+        assert_same(Answer(1, part), codec.decode(wire(codec.encode(Answer(1, part), "r", 0)))[2])
+
+
+def test_nothing_is_copied() -> None:
+    for x in (torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.bfloat16)):
+        frames = codec.encode(Answer(1, x), "r", 0)
+        back = codec.decode(frames)[2]
+        assert isinstance(back, Answer)
+        x[2, 1] = 5
+        assert back.h[2, 1] == 5
+
+
+def test_a_gradient_is_not_asked_of_the_wire() -> None:
+    back = codec.decode(wire(codec.encode(Gradient(1, torch.ones(2, requires_grad=True) * 2), "r", 0)))[2]
+    assert isinstance(back, Gradient) and back.g is not None and not back.g.requires_grad
+
+
+def test_unaligned_frames_are_fine() -> None:
+    frames = codec.encode(Answer(1, X), "r", 0)
+    shifted = memoryview(bytearray(b"\0" + bytes(frames[1])))[1:]
+    assert_same(Answer(1, X), codec.decode([frames[0], shifted])[2])
+
+
+# -- refused when sending ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message, says",
+    [
+        (
+            Hello("r", 0, 1, 0, tuple(f"section.key_{k}=value" for k in range(400))),
+            "Hello needs a header of .* settings",
+        ),
+        (Stop(1, "x" * 5000), "Stop needs a header of .* reason"),
+        (Answer(1, torch.zeros(2, dtype=torch.complex64)), "Answer.h: torch.complex64 cannot be sent"),
+        (Checkpoint(2**70), "Checkpoint cannot be written"),
+    ],
+    ids=["settings", "reason", "dtype", "overflow"],
+)
+def test_what_cannot_be_sent(message: Message, says: str) -> None:
+    with pytest.raises(MessageError, match=says):
+        codec.encode(message, "r", 0)
+
+
+# -- refused when receiving ----------------------------------------------------------------------------------------
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    plain = {"batch": 7, "x": ["float32", [3, 4]], "y": ["int64", [3]]}
+    return {"protocol": PROTOCOL, "run": "r", "seq": 0, "type": "Activation", "fields": plain} | changes
+
+
+def activation(**changes: Any) -> dict[str, Any]:
+    return header(fields=header()["fields"] | changes)
+
+
+def of(kind: str, **plain: Any) -> dict[str, Any]:
+    return header(type=kind, fields=plain)
+
+
+def without(table: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key != name}
+
+
+MALFORMED: list[tuple[Any, str]] = [
+    (without(header(), "seq"), r"header: missing \['seq'\]"),
+    (header(more=1), r"header: missing \[\], unknown \['more'\]"),
+    ([1, 2], "header: .* is not a map"),
+    (header(protocol=PROTOCOL + 1), "header.protocol"),
+    (header(protocol=True), "header.protocol"),
+    (header(run=5), "header.run"),
+    (header(run=b"r"), "header: "),  # bytes are not allowed at all
+    (header(seq=-1), "header.seq"),
+    (header(seq=1.0), "header.seq"),
+    (header(seq=2**63), "header.seq"),
+    (header(type="Object"), "header.type: unknown message 'Object'"),
+    (header(type=["Stop"]), "header.type"),
+    (header(fields=[]), "header.fields"),
+    (header(fields=without(header()["fields"], "y")), r"Activation.fields: missing \['y'\]"),
+    (activation(z=1), r"Activation.fields: .*unknown \['z'\]"),
+    (activation(batch=True), "Activation.batch"),
+    (activation(batch=1.0), "Activation.batch"),
+    (activation(batch="1"), "Activation.batch"),
+    (activation(batch=None), "Activation.batch"),
+    (activation(batch=2**63), "Activation.batch"),
+    (activation(x=None), "Activation.x"),  # only optional tensors may be missing
+    (activation(x=["float32"]), "Activation.x"),
+    (activation(x=["float31", [3, 4]]), "Activation.x: unknown dtype 'float31'"),
+    (activation(x=[["float32"], [3, 4]]), "Activation.x: unknown dtype"),
+    (activation(x=["float32", 12]), "Activation.x: shape 12"),
+    (activation(x=["float32", [1] * 9]), "Activation.x: shape .* at most 8"),
+    (activation(x=["float32", [-3, -4]]), "Activation.x: shape .* holds -3"),
+    (activation(x=["float32", [3, True]]), "Activation.x: shape .* holds True"),
+    (activation(x=["float32", [3.0, 4]]), "Activation.x: shape .* holds 3.0"),
+    (activation(x=["float32", [3, 5]]), "Activation.x: .* takes 60 bytes, its frame has 48"),
+    (activation(x=["float64", [3, 4]]), "Activation.x: .* takes 96 bytes, its frame has 48"),
+    (activation(x=["float32", [2**62, 4]]), "Activation.x: .* the limit is"),  # 2**66 bytes: 0 if it overflowed
+    (activation(x=["float32", [0, 2**62, 2**62]]), "Activation.x: .* the limit is"),  # its strides would overflow
+    (activation(y=["int32", [3]]), "Activation.y: .* takes 12 bytes, its frame has 24"),
+    (of("Checkpoint", batch=1), "Checkpoint: 2 tensor frames, its fields use 0"),
+    (of("Evaluation", batch=1, x=["float32", [3, 4]], y=None), "Evaluation: 2 tensor frames, its fields use 1"),
+    (of("Stop", batch=1, reason=1), "Stop.reason"),
+    (of("Gradient", batch=1, g=None, starved=1), "Gradient.starved"),
+    (of("Report", stage=1, batch=1, numbers=[], final=False), "Report.numbers"),
+    (of("Report", stage=1, batch=1, numbers={"loss": "1"}, final=False), r"Report.numbers\['loss'\]"),
+    (of("Report", stage=1, batch=1, numbers={"loss": True}, final=False), r"Report.numbers\['loss'\]"),
+    (of("Report", stage=1, batch=1, numbers={1: 1.0}, final=False), "header: "),
+    (header(fields=msgpack.ExtType(5, b"")), "header.fields"),
+]
+
+
+@pytest.mark.parametrize("head, says", MALFORMED, ids=[says for _, says in MALFORMED])
+def test_malformed_header(head: Any, says: str) -> None:
+    frames = [msgpack.packb(head), *codec.encode(Activation(7, X, Y), "r", 0)[1:]]
+    with pytest.raises(MessageError, match=says) as caught:
+        codec.decode(frames)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "raw, says",
+    [
+        (b"", "header: "),
+        (b"\xc1", "header: "),
+        (b"\x93" * 4000, "header: "),
+        (b"\xdd\xff\xff\xff\xff", "header: "),
+        (b"\xdf\xff\xff\xff\xff", "header: "),
+        (b"\xa2\xff\xff", "header: "),
+        (b"\x82\xa1a\x01\xa1a\x02", "header: .*twice"),
+        (b"\x80\x80", "header: "),
+        (b"\x80" * 4097, "header: 4097 bytes, the limit is 4096"),
+    ],
+    ids=lambda value: repr(value[:12]),
+)
+def test_header_that_is_no_header(raw: bytes, says: str) -> None:
+    with pytest.raises(MessageError, match=says):
+        codec.decode([raw])
+
+
+def test_frames_missing_or_too_many() -> None:
+    frames = codec.encode(Activation(7, X, Y), "r", 0)
+    with pytest.raises(MessageError, match=r"Activation.y: its frame is missing"):
+        codec.decode(frames[:2])
+    with pytest.raises(MessageError, match="3 tensor frames, its fields use 2"):
+        codec.decode([*frames, b""])
+    with pytest.raises(MessageError, match="without frames"):
+        codec.decode([])
+
+
+def test_tensor_above_the_callers_limit() -> None:
+    frames = codec.encode(Activation(7, X, Y), "r", 0)
+    codec.decode(frames, limit=48)
+    with pytest.raises(MessageError, match=r"Activation.x: .* takes 48 bytes, the limit is 47"):
+        codec.decode(frames, limit=47)
+
+
+def test_bool_bytes_are_bools() -> None:
+    frames = codec.encode(Answer(1, torch.tensor([True, False])), "r", 0)
+    with pytest.raises(MessageError, match=r"Answer.h: a bool"):
+        codec.decode([frames[0], memoryview(bytearray(b"\x01\x02"))])
+
+
+def test_mutated_messages_raise_nothing_but_message_errors() -> None:
+    """Bytes changed, cut, inserted, frames dropped and repeated: a message or a MessageError, never anything else."""
+    draw = random.Random(0)
+    refused = 0
+    for turn in range(3000):
+        frames = [bytearray(frame) for frame in codec.encode(EXAMPLES[turn % len(EXAMPLES)], "run", turn)]
+        for _ in range(draw.randint(1, 4)):
+            _mutate(frames, draw)
+        try:
+            codec.decode([memoryview(frame) for frame in frames])
+        except MessageError:
+            refused += 1
+    assert refused > 1000
+
+
+def _mutate(frames: list[bytearray], draw: random.Random) -> None:
+    frame = draw.choice(frames) if frames and draw.random() < 0.2 else (frames or [bytearray()])[0]
+    place, what = draw.randrange(len(frame) + 1), draw.random()
+    if what < 0.6 and place < len(frame):
+        frame[place] = draw.randrange(256)
+    elif what < 0.7:
+        del frame[place : place + draw.randint(1, 4)]
+    elif what < 0.9:
+        frame[place:place] = draw.randbytes(draw.randint(1, 4))
+    elif what < 0.95 and frames:
+        frames.remove(draw.choice(frames))
+    else:
+        frames.append(bytearray(frame))

@@ -1,0 +1,117 @@
+"""Settings: two sources, one check, and errors that name the setting, its value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dnipipe.config import Config, build, default, describe, flat, load, shared_settings
+from dnipipe.errors import CheckpointError, ConfigError
+from dnipipe.folders import new_run, newest_run, write_config
+
+
+def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[rule]\nname = "wait"\n[train]\nepochs = 3\n[optimizer]\nlr = 1\n[pipeline]\nboundaries = [1, 2, 3]\n'
+    )
+    config = load(path, ["--train.epochs", "5", "--output.quiet", "--data.root=x=y", "--pipeline.window", "auto"])
+    assert (config.rule.name, config.train.epochs, config.optimizer.lr) == ("wait", 5, 1.0)
+    assert (config.pipeline.boundaries, config.output.quiet, config.data.root) == ((1, 2, 3), True, "x=y")
+
+
+def test_the_embedded_default_is_valid() -> None:
+    assert load(None) == build(default())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rule.nam", "wait"], "unknown setting rule.nam (did you mean rule.name?)"),
+        (["--rul.name", "wait"], "unknown section [rul] (did you mean rule?)"),
+        (["--rule.name", "wiat"], "rule.name = 'wiat': expected synthetic | local | wait (did you mean wait?)"),
+        (["--train.epochs", "many"], "train.epochs = 'many': expected a whole number"),
+        (["--train.epochs", "1.5"], "train.epochs = '1.5': expected a whole number"),
+        (["--train.epochs", "0"], "train.epochs = 0: expected at least 1"),
+        (["--rule.bp_lambda", "1.5"], "rule.bp_lambda = 1.5: expected at least 0.0 and at most 1.0"),
+        (["--optimizer.lr", "nan"], "optimizer.lr = nan: expected at least 0.0"),
+        (["--output.quiet", "maybe"], "output.quiet = 'maybe': expected true or false"),
+        (["--pipeline.window", "0"], "pipeline.window = 0: expected at least 1"),
+        (["--pipeline.window", "big"], "pipeline.window = 'big': expected a whole number or auto"),
+        (["--pipeline.boundaries", "1,x"], "pipeline.boundaries = '1,x': expected a list of whole numbers"),
+        (["--pipeline.boundaries", "1"], "pipeline.boundaries = [1] cuts 2 stages, but pipeline.stages = 4"),
+        (["--rule.name", "wait", "--pipeline.window", "4"], "pipeline.window = 4 with rule.name = wait"),
+        (["--model.width", "90"], "model.width = 90 is not a multiple of model.heads = 4"),
+        (["--data.evaluate", "test"], "data.evaluate = test: data.name = stdlib has no test set"),
+        (["train"], "cannot read 'train': settings are written --section.key value"),
+        (["--verbose"], "cannot read '--verbose'"),
+    ],
+)
+def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nepochs = true\n", "train.epochs = True: expected a whole number"),
+        ("[train]\nepochs = 2.0\n", "train.epochs = 2.0: expected a whole number"),
+        ("train = 3\n", "train = 3 is a section, not a setting"),
+        ("epochs = 3\n", "unknown section [epochs]"),
+        ("[train\n", "is not valid TOML"),
+    ],
+)
+def test_a_file_is_checked_alike(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.toml: No such file"):
+        load(tmp_path / "none.toml")
+
+
+def test_a_run_folder_holds_its_settings(tmp_path: Path) -> None:
+    config = load(
+        None, ["--pipeline.boundaries", "1,2,3", "--data.root", 'a "quoted" \\ path', "--optimizer.lr", "1e-7"]
+    )
+    assert load(write_config(tmp_path / "run", config)) == config
+
+
+def test_run_folders_are_new_and_the_newest_saved_is_found(tmp_path: Path) -> None:
+    first = new_run(tmp_path, "default")
+    first.mkdir()
+    assert new_run(tmp_path, "default") != first
+    with pytest.raises(CheckpointError, match="no run in .* --resume RUN"):
+        newest_run(tmp_path)
+    (first / "checkpoints" / "00000001").mkdir(parents=True)
+    (first / "checkpoints" / "00000001" / "manifest.json").write_text("{}")
+    assert newest_run(tmp_path) == first
+
+
+def test_stages_may_differ_in_paths_and_display_only() -> None:
+    shared = {line.split("=")[0] for line in shared_settings(Config())}
+    local = {name for name, _ in flat(Config())} - shared
+    assert local == {
+        "data.root",
+        "pipeline.device",
+        "transport.address",
+        "output.dir",
+        "output.run",
+        "output.quiet",
+        "output.tensorboard",
+        "output.every",
+    }
+
+
+def test_every_setting_explains_itself() -> None:
+    rows = list(describe())
+    assert [name for name, *_ in rows] == [name for name, _ in flat(Config())]
+    assert all(kind and help for _, kind, _, help in rows)

@@ -1,0 +1,112 @@
+"""Who may import whom. A module may import those of the rows before its own, and no other of dnipipe's."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "dnipipe"
+
+# module -> what it may import of dnipipe's; the picture is in docs/design.md
+MAY = {
+    "errors": "",
+    "messages": "",
+    "config": "errors",
+    "metrics": "config errors messages",
+    "codec": "messages errors",
+    "transport": "messages errors codec",
+    "predictors": "config errors",
+    "gradient_rules": "config errors predictors",
+    "stage": "messages errors gradient_rules predictors metrics",
+    "split": "errors predictors",
+    "models": "config errors predictors",
+    "data": "config errors predictors",
+    "optim": "config",
+    "window": "",
+    "folders": "config errors",
+    "checkpoint": "errors",
+    "display": "messages metrics",
+    "rendezvous": "errors",
+    "head": "checkpoint config data display errors messages metrics",
+    "worker": "errors head messages metrics stage transport window",
+    "result": "config data head split",
+    "session": "checkpoint config data display errors folders gradient_rules head messages metrics optim predictors "
+    "rendezvous result split stage transport window worker",
+    "check": "messages metrics result session split stage",
+    "launcher": "rendezvous",
+    "jobs": "config data models optim session",
+    "process": "errors launcher session",
+    "run": "checkpoint config data errors folders launcher optim predictors process session",
+    "cli": "check checkpoint config errors folders jobs launcher process",
+    "__init__": "config errors run",
+    "__main__": "cli",
+}
+FOREIGN = {  # libraries that only these may import
+    "zmq": {"transport", "metrics"},
+    "msgpack": {"codec"},
+    "safetensors": {"checkpoint", "session"},
+    "rich": {"display"},
+    "torch.distributed": {"rendezvous", "launcher", "process"},
+    "time": {"metrics", "transport", "worker", "split", "folders", "display"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def modules() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault(room, set()).update(imports(path))
+    return found
+
+
+def test_every_room_is_in_the_picture() -> None:
+    assert set(modules()) == set(MAY)
+
+
+def test_nobody_imports_upwards() -> None:
+    wrong = [
+        f"{room} imports {name}"
+        for room, names in modules().items()
+        for name in MAY
+        if any(used == f"dnipipe.{name}" or used.startswith(f"dnipipe.{name}.") for used in names)
+        and name != room
+        and name not in MAY[room].split()
+    ]
+    assert wrong == []
+
+
+def test_stage_and_transport_never_see_each_other() -> None:
+    found = modules()
+    assert not any("transport" in name for name in found["stage"])
+    assert not any("stage" in name for name in found["transport"])
+
+
+def test_heavy_and_io_libraries_stay_in_their_rooms() -> None:
+    wrong = [
+        f"{room} imports {library}"
+        for room, names in modules().items()
+        for library, rooms in FOREIGN.items()
+        if any(name == library or name.startswith(f"{library}.") for name in names) and room not in rooms
+    ]
+    assert wrong == []
+
+
+def test_nothing_on_a_socket_or_from_a_file_can_run_code() -> None:
+    """No pickle, no torch.load, no eval or exec, no YAML, anywhere in the package."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"eval", "exec", "torch.load", "torch.save", "pickle.loads", "pickle.load", "yaml.load"}, (
+            path
+        )
+        assert not imports(path) & {"pickle", "cloudpickle", "dill", "shelve", "marshal", "yaml"}, path

@@ -1,0 +1,144 @@
+"""Predictors: shapes, units, the zero start, and proof (d): on a frozen network they find the gradient."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe.config import Predictor as Settings
+from dnipipe.errors import ConfigError
+from dnipipe.gradient_rules import Synthetic
+from dnipipe.predictors import VFBN, Edge, build, loss_terms
+from tests.conftest import blobs
+
+SAMPLES = Edge((6, 8), (6,), (6, 3), 3)
+TOKENS = Edge((2, 5, 8), (2, 5), (2, 5, 11), 11)
+SEQUENCE = Edge((6, 5, 8), (6,), (6, 3), 3)  # tokens in, one label a sample
+IMAGES = Edge((6, 4, 7, 7), (6,), (6, 3), 3)
+VALUES = Edge((6, 8), (6, 2), (6, 2), None)  # regression
+
+
+def loss(h: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(h, y) if y.is_floating_point() else F.cross_entropy(h.flatten(0, -2), y.flatten())
+
+
+def example(edge: Edge) -> tuple[Tensor, Tensor]:
+    y = torch.randn(edge.y) if edge.classes is None else torch.randint(edge.classes, edge.y)
+    return torch.randn(edge.h), y
+
+
+EVERY = [
+    *(
+        (Settings(name=name, condition=c), e)
+        for name in ("linear", "mlp")
+        for c in (True, False)
+        for e in (SAMPLES, TOKENS, SEQUENCE)
+    ),
+    *((Settings(name="conv", condition=c), IMAGES) for c in (True, False)),
+    *((Settings(name="vfbn", hidden=n), e) for n in (0, 2) for e in (SAMPLES, TOKENS, SEQUENCE, IMAGES, VALUES)),
+    (Settings(name="linear", condition=False), VALUES),
+]
+
+
+@pytest.mark.parametrize(("settings", "edge"), EVERY)
+def test_a_guess_has_the_shape_of_h_and_a_step_lowers_the_loss(settings: Settings, edge: Edge) -> None:
+    torch.manual_seed(0)
+    predictor = build(settings, edge, loss)
+    h, y = example(edge)
+    g = torch.randn_like(h) / loss_terms(y)
+    guess = predictor.predict(h, y)
+    assert guess.shape == h.shape and not guess.requires_grad
+    if settings.name != "vfbn":
+        assert torch.equal(guess, torch.zeros_like(h))  # the paper: initially zero synthetic gradient
+    rule, losses = Synthetic(predictor, lr=1e-2), []
+    for _ in range(8):
+        value = predictor.loss(h, y, g)
+        assert value is not None and value.dim() == 0
+        losses.append(value.item())
+        rule.learn(h, y, g)
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None or not p.grad.any() for p in predictor.parameters())
+
+
+@pytest.mark.parametrize("settings", [Settings(name="linear"), Settings(name="vfbn", matching=1.0)])
+def test_targets_do_not_shrink_with_the_batch(settings: Settings) -> None:
+    """A batch given twice over has half the gradient per element, and the same predictor loss: it is per loss term."""
+    torch.manual_seed(0)
+    predictor = build(settings, SAMPLES, loss)
+    h, y = example(SAMPLES)
+    g = torch.randn_like(h) / len(h)
+    once = predictor.loss(h, y, g)
+    twice = predictor.loss(torch.cat([h, h]), torch.cat([y, y]), torch.cat([g, g]) / 2)
+    torch.testing.assert_close(once, twice)
+    torch.testing.assert_close(predictor.predict(torch.cat([h, h]), torch.cat([y, y]))[:6], predictor.predict(h, y) / 2)
+
+
+def test_the_regression_loss_is_summed_over_features_and_averaged_over_terms() -> None:
+    predictor = build(Settings(name="linear"), SAMPLES, loss)
+    h, y = example(SAMPLES)
+    g = torch.randn_like(h)
+    expected = sum(((6 * g[b]) ** 2).sum() for b in range(6)) / 6
+    torch.testing.assert_close(predictor.loss(h, y, g), expected)
+
+
+def test_vfbn_guesses_its_heads_own_gradient() -> None:
+    predictor = build(Settings(name="vfbn"), SAMPLES, loss)
+    assert isinstance(predictor, VFBN)
+    h, y = example(SAMPLES)
+    h.requires_grad_()
+    predictor.local_loss(h, y).backward()
+    assert h.grad is not None
+    torch.testing.assert_close(predictor.predict(h, y), h.grad)
+
+
+def frozen(settings: Settings) -> float:
+    """Cosine between guess and truth on fresh batches, after learning from a frozen network's true gradients."""
+    torch.manual_seed(0)
+    below = nn.Linear(8, 3)
+    rule = Synthetic(build(settings, Edge((32, 8), (32,), (32, 3), 3), loss), lr=1e-2)
+    cosines = []
+    for step, (x, y) in enumerate(blobs(600, 32)):
+        y = y[torch.randperm(len(y))]  # so that a label cannot be told from h
+        h = x.requires_grad_()
+        (g,) = torch.autograd.grad(loss(below(h), y), h)
+        if step >= 580:
+            cosines.append(F.cosine_similarity(rule.guess.predict(h, y).flatten(), g.flatten(), dim=0).item())
+        else:
+            rule.learn(h.detach(), y, g)
+    return sum(cosines) / len(cosines)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(name="linear"), Settings(name="mlp"), Settings(name="vfbn", matching=30.0)],
+    ids=lambda s: s.name,
+)
+def test_on_a_frozen_network_the_gradient_is_found(settings: Settings) -> None:
+    """Proof (d). Below stands a linear layer, untrained, with a cross-entropy: a VFBN head can be that very layer (if
+    matching outweighs its own loss, which pulls it towards a trained one); for the linear predictor, W^T (softmax - y)
+    is near linear in h and the label."""
+    assert frozen(settings) > 0.9
+
+
+def test_without_labels_it_cannot_be_found() -> None:
+    """The control: what conditioning is for. The same predictor, blind to the labels, stays far below."""
+    assert frozen(Settings(name="linear", condition=False)) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("settings", "edge", "message"),
+    [
+        (Settings(name="linear", hidden=1), SAMPLES, "use predictor.name = mlp"),
+        (Settings(name="linear"), IMAGES, r"shape \(6, 4, 7, 7\): use predictor.name = conv"),
+        (Settings(name="conv"), SAMPLES, r"needs an activation \(B, C, H, W\)"),
+        (Settings(name="linear"), VALUES, "are no classes.*condition = false"),
+        (Settings(name="vfbn"), Edge((6, 8), (6, 4, 4), (6, 3, 4, 4), 3), "vfbn cannot guess"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings: Settings, edge: Edge, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(settings, edge, loss)

@@ -1,0 +1,102 @@
+"""Where a model is cut, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn as nn
+
+from dnipipe.errors import SplitError
+from dnipipe.split import Plan, balance, part, plan
+
+X, Y = torch.randn(6, 8), torch.randint(3, (6,))
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stages", "expected"),
+    [
+        #  the slowest stage as fast as can be
+        ([1, 1, 1, 1], 2, (2,)),
+        ([4, 1, 1, 1, 1], 2, (1,)),
+        ([1, 1, 1, 1, 4], 2, (4,)),
+        ([1, 5, 1, 5, 1, 5], 3, (2, 4)),
+        ([2, 2, 2], 3, (1, 2)),
+        ([3], 1, ()),
+    ],
+)
+def test_balance(seconds: list[float], stages: int, expected: tuple[int, ...]) -> None:
+    cut = balance(seconds, [True] * len(seconds), stages)
+    edges = (0, *cut, len(seconds))
+    wanted = (0, *expected, len(seconds))
+    slowest = max(sum(seconds[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    assert slowest == max(sum(seconds[a:b]) for a, b in zip(wanted, wanted[1:], strict=False))
+    assert len(cut) == stages - 1
+
+
+def test_balance_gives_each_stage_something_to_train() -> None:
+    assert balance([9, 0.1, 0.1, 9], [True, False, False, True], 2) in ((1,), (2,), (3,))
+    assert balance([1, 9, 9, 1], [True, False, True, False], 2) == (2,)
+    with pytest.raises(SplitError, match="3 stages, but only 2 layers have parameters"):
+        balance([1, 1, 1], [True, False, True], 3)
+
+
+def test_a_plan_describes_every_edge_and_survives_json() -> None:
+    made = plan(model(), 3, [2, 4], X, Y, 3)
+    assert [list(made.layers_of(k)) for k in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert made.edge(0).h == (6, 8) and made.edge(1).h == (6, 4) and made.edge(1).output == (6, 3)
+    assert made.parameters == (72, 16, 0, 36, 0, 15)
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_planning_leaves_the_model_and_the_random_state_alone() -> None:
+    torch.manual_seed(0)
+    net = model()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    state = torch.get_rng_state()
+    plan(net, 2, (), X, Y, 3)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_parts_keep_the_models_names() -> None:
+    net = nn.Sequential(OrderedDict(stem=nn.Linear(8, 8), body=nn.Sequential(nn.Linear(8, 4)), head=nn.Linear(4, 3)))
+    made = plan(net, 3, (), X, Y, 3)
+    names = [name for k in range(3) for name in part(net, made, k).state_dict()]
+    assert names == list(net.state_dict())
+
+
+def tied() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    net[2].weight = net[0].weight
+    return net
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("net", "stages", "boundaries", "message"),
+    [
+        (nn.Linear(8, 3), 2, (), "the model is a Linear, and only an nn.Sequential"),
+        (model(), 7, (), "7 stages, but the model has only 6 layers"),
+        (model(), 5, (), "5 stages, but only 4 layers have parameters to train"),
+        (model(), 3, (2, 3), r"stage 1 \(layers 2 to 2\) has no parameter to train"),
+        (model(), 3, (3, 2), "boundaries .3, 2. do not rise"),
+        (model(), 2, (6,), "boundaries .6. do not rise from 1 to 5"),
+        (tied(), 2, (), r"stages 0 and 1 share a parameter \(0.weight is 2.weight\)"),
+        (nn.Sequential(nn.Linear(8, 8), nn.Linear(5, 3)), 2, (), r"layer 1 cannot take the output \(6, 8\)"),
+        (nn.Sequential(nn.Linear(8, 8), Pair(), nn.Linear(8, 3)), 2, (), "layer 1 .* it returns a tuple"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(net: nn.Module, stages: int, boundaries: tuple[int, ...], message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        plan(net, stages, boundaries, X, Y, 3)

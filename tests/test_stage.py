@@ -1,0 +1,363 @@
+"""The journey of a batch, drawn as the messages that a line of stages sends."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe.errors import MessageError, NonFiniteLoss
+from dnipipe.gradient_rules import Local, Synthetic, Wait
+from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Saved
+from dnipipe.predictors import VFBN, Predictor
+from dnipipe.stage import Stage, score
+from tests.conftest import Line, blobs, make_stages
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+class Fixed(Predictor):
+    """Guesses the same gradient always; remembers what it was taught."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+        self.taught: list[Tensor | None] = []
+
+    def predict(self, h: Tensor, y: Tensor) -> Tensor:
+        return torch.full_like(h, self.value.item())
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+        self.taught.append(g)
+        return None
+
+
+class Oracle(Predictor):
+    """Knows the rest of the model, and so the true gradient."""
+
+    def __init__(self, rest: list[nn.Module]) -> None:
+        super().__init__()
+        self.rest = rest
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def predict(self, h: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(nn.Sequential(*self.rest)(h), y), h)
+        return g
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+        return None
+
+
+def layers(seed: int = 0, dropout: float = 0.0) -> list[nn.Module]:
+    torch.manual_seed(seed)
+    return [
+        nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(dropout)),
+        nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(dropout)),
+        nn.Linear(10, 3),
+    ]
+
+
+def plain(modules: list[nn.Module], batches: int) -> nn.Module:
+    """One process, plain autograd."""
+    model = nn.Sequential(*modules)
+    optimizer = SGD(model.parameters())
+    for x, y in blobs(batches):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def equal(stages: list[Stage], model: nn.Module) -> bool:
+    """Bitwise, buffers included."""
+    ours = [t for stage in stages for t in stage.module.state_dict().values()]
+    return all(torch.equal(a, b) for a, b in zip(ours, model.state_dict().values(), strict=True))
+
+
+def one_at_a_time(line: Line, batches: int) -> None:
+    for batch, (x, y) in enumerate(blobs(batches), start=1):
+        line.feed(Activation(batch, x, y))
+        line.run()
+
+
+# -- the journey -------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_sends_its_activation_before_it_learns_and_its_gradient_before_it_steps() -> None:
+    stages = make_stages(layers(), lambda k: Synthetic(Fixed(0.01), 1e-3), SGD)
+    stage, (x, y) = stages[1], next(blobs(1, features=12))
+    before = copy.deepcopy(stage.module.state_dict())
+    journey = stage.handle(Activation(1, x, y))
+    assert isinstance(next(journey), Activation)
+    assert all(p.grad is None for p in stage.module.parameters())
+    sent = next(journey)
+    assert isinstance(sent, Gradient) and sent.g is not None and sent.g.shape == x.shape
+    assert torch.equal(stage.module.state_dict()["0.weight"], before["0.weight"])
+    assert next(journey, None) is None
+    assert not torch.equal(stage.module.state_dict()["0.weight"], before["0.weight"])
+    assert stage.pending[1].x is None and not stage.pending[1].h.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        # λ = 0: the middle stage answers at once, from its own guess
+        (lambda k: Synthetic(Fixed(), 1e-3), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
+        # λ > 0, warm-up and Wait: it answers when it has been answered
+        (lambda k: Synthetic(Fixed(), 1e-3, bp_lambda=0.5), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
+        (lambda k: Synthetic(Fixed(), 1e-3, warmup=9), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
+        (lambda k: Wait(), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
+    ],
+    ids=["synthetic", "bp-lambda", "warm-up", "wait"],
+)
+def test_the_messages_of_one_batch(rule: object, expected: str) -> None:
+    line = Line(make_stages(layers(), rule, SGD))  # type: ignore[arg-type]
+    one_at_a_time(line, 1)
+    assert line.log == [f"{word} 1" for word in expected.split(" | ")]
+    assert all(stage.in_flight == 0 for stage in line.stages)
+
+
+# -- proofs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_wait_equals_plain_autograd_bitwise(cut: int) -> None:
+    parts = {1: [slice(0, 3)], 2: [slice(0, 1), slice(1, 3)], 3: [slice(0, 1), slice(1, 2), slice(2, 3)]}[cut]
+    modules = layers()
+    stages = make_stages([nn.Sequential(*modules[part]) for part in parts], lambda k: Wait(), SGD)
+    one_at_a_time(Line(stages), 50)
+    assert equal(stages, plain(layers(), 50))
+
+
+def test_synthetic_with_an_oracle_equals_plain_autograd() -> None:
+    """Proof (c): a predictor that returns the true gradient makes the rule plain backprop.
+
+    The stages behind must not have moved yet when the oracle looks, so a batch goes through the line one by one and
+    the oracle looks before they update: it does, for a stage asks its rule as soon as it has sent its activation on.
+    """
+    modules = [layers()[0], nn.Tanh(), layers()[2]]
+    modules[1] = nn.Linear(12, 10)
+    twin = copy.deepcopy(modules)
+    stages = make_stages(modules, lambda k: Synthetic(Oracle(modules[k + 1 :]), 1e-3), SGD)
+    line = Line(stages)
+    one_at_a_time(line, 50)
+    model = plain(twin, 50)
+    for ours, theirs in zip((p for m in modules for p in m.parameters()), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    untrained = [p for m in (layers()[0],) for p in m.parameters()]
+    assert not torch.allclose(untrained[0], next(model.parameters()))
+
+
+def test_bp_lambda_mixes_what_arrived_with_what_was_guessed() -> None:
+    """Paper, appendix A.2: the stage before is taught J^T (λ g + (1-λ) ĝ)."""
+    predictor = Fixed(0.25)
+    modules: list[nn.Module] = [nn.Linear(8, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)]
+    stages = make_stages(
+        modules, lambda k: Synthetic(predictor, 1e-3, bp_lambda=0.75), partial(torch.optim.SGD, lr=0.0)
+    )
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    list(stages[1].handle(Activation(1, x, y)))
+    g = torch.randn(5, 4)
+    (sent,) = stages[1].handle(Gradient(1, g))
+    assert isinstance(sent, Gradient) and sent.g is not None
+    weight = next(modules[1].parameters())
+    torch.testing.assert_close(sent.g, (0.75 * g + 0.25 * 0.25) @ weight)
+
+
+def test_bp_one_teaches_the_true_gradient_and_zero_the_guessed_one() -> None:
+    for lam, true in ((1.0, True), (0.0, False)):
+        taught = [Fixed(), Fixed()]
+        modules = [nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 3)]
+        x, y = next(blobs(1))
+        h = modules[0](x).detach().requires_grad_()
+        (truth,) = torch.autograd.grad(F.cross_entropy(modules[2](modules[1](h)), y), h)
+        stages = make_stages(
+            modules, lambda k: Synthetic(taught[k], 1e-3, bp_lambda=lam), partial(torch.optim.SGD, lr=0.0)
+        )
+        one = Line(stages)
+        one.feed(Activation(1, x, y))
+        one.run()
+        (lesson,) = taught[0].taught
+        assert lesson is not None
+        assert torch.allclose(lesson, truth, atol=1e-7) is true
+
+
+# -- batch norm, dropout, clipping, schedules --------------------------------------------------------------------
+
+
+def test_a_forward_that_is_run_again_counts_batch_norm_once_and_drops_the_same() -> None:
+    """Waiting runs each forward twice; statistics and masks must be those of one."""
+    stages = make_stages(layers(dropout=0.5), lambda k: Wait(), SGD, seed=7)
+    line = Line(stages)
+    one_at_a_time(line, 5)
+    model = nn.Sequential(*layers(dropout=0.5))
+    norm = stages[0].module[1]  # type: ignore[index]
+    assert norm.num_batches_tracked == 5
+    stage = stages[0]
+    x, _ = next(blobs(1))
+    stage._seed(6)
+    first = stage.module(x)
+    statistics = norm.running_mean.clone()
+    again = stage._forward_again(6, x)
+    assert torch.equal(first, again)
+    assert torch.equal(norm.running_mean, statistics)
+    assert model is not None
+
+
+def test_learning_rates_follow_the_batch_id_on_every_stage() -> None:
+    stages = make_stages(layers(), lambda k: Synthetic(Fixed(0.1), 1e-3), SGD, schedule=lambda batch: 1.0 / batch)
+    one_at_a_time(Line(stages), 4)
+    assert [stage.optimizer.param_groups[0]["lr"] for stage in stages] == [0.1 / 4] * 3
+
+
+def test_a_stage_clips_its_own_gradient() -> None:
+    module = nn.Linear(8, 3)
+    before = [p.detach().clone() for p in module.parameters()]
+    (stage,) = make_stages([module], lambda k: Wait(), partial(torch.optim.SGD, lr=1.0), clip=1e-3)
+    one_at_a_time(Line([stage]), 1)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(module.parameters(), before, strict=True)]).norm()
+    assert 0.9e-3 < moved.item() < 1.1e-3
+
+
+# -- rules -------------------------------------------------------------------------------------------------------
+
+
+def test_in_a_warm_up_the_predictor_learns_and_is_not_applied() -> None:
+    for updates in (False, True):
+        predictor = Fixed(100.0)
+        stages = make_stages(
+            [nn.Linear(8, 6), nn.Linear(6, 3)], lambda k: Synthetic(predictor, 1e-3, 0.0, 2, updates), SGD
+        )
+        line, counts = Line(stages), []
+        for batch, (x, y) in enumerate(blobs(3), start=1):
+            line.feed(Activation(batch, x, y))
+            line.run()
+            counts.append(stages[0].updates)
+        assert counts == ([1, 2, 3] if updates else [0, 0, 1])
+        assert len(predictor.taught) == 3
+        assert stages[0].metrics.totals()["cosine"] is not None
+
+
+def test_local_sends_no_gradient_and_still_answers() -> None:
+    def rule(k: int) -> Local:
+        return Local(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2)
+
+    stages = make_stages(layers(), rule, SGD)
+    answers: list[Tensor | None] = []
+    line = Line(stages)
+    for batch, (x, y) in enumerate(blobs(30), start=1):
+        line.feed(Activation(batch, x, y))
+        line.run()
+    for out in stages[1].handle(Activation(31, torch.randn(16, 12), y)):
+        if isinstance(out, Gradient):
+            answers.append(out.g)
+    assert answers == [None]
+    assert [stage.updates for stage in stages] == [30, 31, 30]
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_synthetic_gradients_train_where_frozen_stages_do_not(delay: int) -> None:
+    """Three stages on blobs that a random first layer of 2 features cannot tell apart."""
+
+    def losses(warmup: int) -> float:
+        torch.manual_seed(3)
+        modules: list[nn.Module] = [
+            nn.Sequential(nn.Linear(8, 2), nn.Tanh()),
+            nn.Sequential(nn.Linear(2, 8), nn.Tanh()),
+            nn.Linear(8, 3),
+        ]
+        torch.manual_seed(1)
+        heads = [VFBN(nn.Linear(2, 3), F.cross_entropy, 0.1), VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1)]
+        stages = make_stages(
+            modules, lambda k: Synthetic(heads[k], 3e-3, 0.0, warmup, False), partial(torch.optim.Adam, lr=5e-3)
+        )
+        line = Line(stages, delay)
+        line.feed(*(Activation(batch, x, y) for batch, (x, y) in enumerate(blobs(300, seed=5), start=1)))
+        line.run()
+        x, y = list(blobs(301, seed=5))[-1]
+        for stage in stages:
+            stage.module.eval()
+        with torch.no_grad():
+            return F.cross_entropy(nn.Sequential(*modules)(x), y).item()
+
+    assert losses(warmup=0) < 0.8 * losses(warmup=10**6)
+
+
+# -- evaluation, checkpoints, failures ---------------------------------------------------------------------------
+
+
+def test_evaluation_leaves_no_trace_and_is_complete() -> None:
+    stages = make_stages(layers(dropout=0.5), lambda k: Wait(), SGD)
+    one_at_a_time(line := Line(stages), 3)
+    before = [t.clone() for stage in stages for t in stage.module.state_dict().values()]
+    data = list(blobs(2, size=7, seed=9))
+    line.feed(*(Evaluation(number, x, y) for number, (x, y) in enumerate(data, start=1)))
+    line.run()
+    after = [t for stage in stages for t in stage.module.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    totals = sum(message.h for message in line.taken if isinstance(message, Answer))
+    model = nn.Sequential(*(stage.module for stage in stages)).eval()
+    x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+    expected = score(model(x), y, F.cross_entropy)
+    torch.testing.assert_close(totals, expected)
+    assert expected[3] == 14
+
+
+def test_a_checkpoint_stands_right_behind_the_update_on_its_batch() -> None:
+    for rule in (lambda k: Wait(), lambda k: Synthetic(Fixed(0.1), 1e-3)):
+        stages = make_stages(layers(), rule, SGD)  # type: ignore[arg-type]
+        line = Line(stages, delay=2)
+        cuts: dict[int, int] = {}
+        send = line.send
+
+        def noting(k: int, message: object, send: object = send, cuts: dict[int, int] = cuts) -> None:
+            if isinstance(message, Saved) and message.stage == k:
+                cuts[k] = stages[k].updates  # noqa: B023
+            send(k, message)  # type: ignore[operator]
+
+        line.send = noting  # type: ignore[method-assign]
+        (x, y), (x2, y2) = blobs(2)
+        line.feed(Activation(1, x, y), Checkpoint(1))
+        if not isinstance(stages[0].rule, Wait):
+            line.feed(Activation(2, x2, y2))
+        line.run()
+        assert cuts == {0: 1, 1: 1, 2: 1}
+        assert sorted(m.stage for m in line.taken if isinstance(m, Saved)) == [0, 1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops_or_skips() -> None:
+    x, y = next(blobs(1))
+    bad = x * float("nan")
+    with pytest.raises(NonFiniteLoss, match="nan at batch 1.*on_nan"):
+        one = Line(make_stages(layers(), lambda k: Wait(), SGD))
+        one.feed(Activation(1, bad, y))
+        one.run()
+    stages = make_stages(layers(), lambda k: Wait(), SGD, stop=False)
+    line = Line(stages)
+    line.feed(Activation(1, bad, y))
+    line.run()
+    assert [stage.updates for stage in stages] == [0, 0, 0]
+    assert [stage.metrics.totals()["skipped"] for stage in stages] == [1, 1, 1]
+    assert all(stage.in_flight == 0 for stage in stages)
+
+
+def test_a_message_that_does_not_belong_here_is_refused() -> None:
+    stages = make_stages(layers(), lambda k: Wait(), SGD)
+    x, y = next(blobs(1))
+    list(stages[0].handle(Activation(4, x, y)))
+    for message in (
+        Gradient(9, torch.zeros(16, 12)),
+        Gradient(4, torch.zeros(16, 1)),
+        Answer(1, torch.zeros(4)),
+        Activation(4, x, y),
+        "hello",
+    ):
+        with pytest.raises(MessageError):
+            list(stages[0].handle(message))  # type: ignore[arg-type]
