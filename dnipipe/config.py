@@ -264,10 +264,10 @@ def _check(name: str, value: Any, section: type, key: str) -> None:
         near = _nearest(str(value), choices) if choices and isinstance(value, str) else ""
         raise ConfigError(f"{name} = {value!r}: expected {_name_of(hint)}{near}")
     low, high = item.metadata["low"], item.metadata["high"]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-            raise ConfigError(f"{name} = {value}: expected {' and '.join(bounds)}")
+    number = type(value) in (int, float)
+    if number and (value != value or (low is not None and value < low) or (high is not None and value > high)):
+        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        raise ConfigError(f"{name} = {value}: expected {' and '.join(bounds)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -16,9 +16,9 @@ Both answer with a `Use`, or None: nothing to do. Batch ids start at 1. A rule i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,25 +37,29 @@ class Use:
     send: bool  # give x.grad to the stage before
 
 
-class GradientRule(Protocol):
+class GradientRule(ABC):
     """One stage's source of gradients."""
 
     teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
-    predictor: Predictor | None
-    optimizer: torch.optim.Optimizer | None  # the predictor's
+    predictor: Predictor | None = None
+    optimizer: torch.optim.Optimizer | None = None  # the predictor's
 
-    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None: ...
+    @abstractmethod
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+        """What to do with the batch at once."""
 
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None: ...
+    @abstractmethod
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        """What to do now that its gradient is here; g is None if none was made for this batch."""
 
 
-class _Learner:
+class _Learner(GradientRule):
     """A predictor with its own optimizer (Adam)."""
 
     def __init__(self, predictor: Predictor, lr: float) -> None:
-        self.predictor: Predictor | None = predictor
+        self.predictor = predictor
         self.guess = predictor
-        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(predictor.parameters(), lr)
+        self.optimizer = self.adam = torch.optim.Adam(predictor.parameters(), lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
 
     def learn(self, h: Tensor, y: Tensor, g: Tensor | None) -> None:
@@ -65,9 +69,9 @@ class _Learner:
             self.descend(loss, self.parameters)
 
     def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
-        loss.backward(inputs=inputs)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+        self.adam.step()
+        self.adam.zero_grad()
 
 
 class Synthetic(_Learner):
@@ -141,12 +145,10 @@ class Local(_Learner):
         return None
 
 
-class Wait:
+class Wait(GradientRule):
     """No prediction: update when the gradient is here. Exact with one batch in flight, and only then."""
 
     teaches = True
-    predictor: Predictor | None = None
-    optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
     def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Wait:
@@ -159,7 +161,7 @@ class Wait:
         return None if g is None else Use(g, update=True, send=True)
 
 
-class LossGradient:
+class LossGradient(GradientRule):
     """The last stage's: it knows the loss, so its gradient is the true one, at once.
 
     Args:
@@ -168,9 +170,6 @@ class LossGradient:
         observe: told the loss of every batch (0-dim, detached) and its number of terms.
         stop_on_nan: raise NonFiniteLoss, or else skip the batch.
     """
-
-    predictor: Predictor | None = None
-    optimizer: torch.optim.Optimizer | None = None
 
     def __init__(
         self,

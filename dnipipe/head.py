@@ -8,7 +8,6 @@ The script is the run, in order; the worker asks for its next message whenever t
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from dnipipe.display import Display
 from dnipipe.errors import DataError
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Message, Report, Saved, Stop
 from dnipipe.metrics import StageMetrics, TensorBoard
+from dnipipe.randomness import reseed
 
 
 class Head:
@@ -90,12 +90,12 @@ class Head:
         epoch, skip = divmod(self.start, len(self.task.train))
         batch = self.start - skip
         while batch < self.total:
-            self._seed(f"epoch/{epoch}")
+            reseed(self.config.train.seed, "epoch", epoch)
             drawn = iter(self.task.train)
             for _ in range(len(self.task.train)):
                 batch += 1
                 with self.metrics.clock.span("data"):
-                    self._seed(f"data/{batch}")
+                    reseed(self.config.train.seed, "data", batch)
                     pair = next(drawn, None)
                     if pair is None:
                         raise DataError(
@@ -108,9 +108,6 @@ class Head:
                 if batch == self.total:
                     return
             epoch += 1
-
-    def _seed(self, what: str) -> None:
-        torch.manual_seed(zlib.crc32(f"{self.config.train.seed}/{what}".encode()))
 
     def _evaluate(self, batch: int) -> Iterator[Message]:
         """All of the validation data, to the last sample, through the same stages."""

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dnipipe.rendezvous import LOOPBACK
+from dnipipe.loopback import LOOPBACK, register
 
 LAUNCHED = "DNIPIPE_LAUNCHED"  # set in the processes that this module starts; its value is for them
 
@@ -43,8 +43,8 @@ def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = F
         max_nodes=1,
         nproc_per_node=stages,
         run_id="dnipipe",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend=register(),
+        rdzv_endpoint=LOOPBACK,
         local_addr=LOOPBACK,
         max_restarts=0,
         monitor_interval=0.1,
@@ -80,7 +80,7 @@ def first_failure(failures: dict[int, ProcessFailure]) -> ProcessFailure:
 
 
 def failure_line(failure: ProcessFailure) -> str:
-    rank = failure.global_rank if hasattr(failure, "global_rank") else failure.local_rank
+    rank = failure.local_rank  # one machine: the rank among all, and the stage
     if failure.exitcode < 0:
         cause = f"killed by {signal.Signals(-failure.exitcode).name}"
     else:

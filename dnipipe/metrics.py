@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-import zmq
 from torch import Tensor
 
 from dnipipe.errors import ConfigError
@@ -26,6 +27,7 @@ from dnipipe.errors import ConfigError
 WORK = ("forward", "backward", "predictor", "optimizer", "data", "checkpoint")  # what a stage is there for
 OVERHEAD = ("send", "receive", "overhead")  # what the pipeline costs on top
 LABELS = (*WORK, "idle", *OVERHEAD)
+FOLD = 256  # gradients whose dot products are kept one by one
 
 
 class _Span:
@@ -42,12 +44,19 @@ class _Span:
 
 
 class Clock:
-    """Accounts for every second: `seconds()` adds up to the time since the clock was made, exactly."""
+    """Accounts for every second: `seconds()` adds up to the time since the clock was made, exactly.
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.now = now
-        self._owner, self._since = "overhead", now()
+    So does `processor()` for the seconds that this thread had a processor. The two differ where more processes run
+    than there are cores: one that is set aside in the middle of a send has not spent that time on sending.
+    """
+
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, worked: Callable[[], float] = time.thread_time
+    ) -> None:
+        self.now, self.worked = now, worked
+        self._owner, self._since, self._worked_since = "overhead", now(), worked()
         self._seconds = dict.fromkeys(LABELS, 0.0)
+        self._processor = dict.fromkeys(LABELS, 0.0)
         self._spans = {label: _Span(self, label) for label in LABELS}
 
     def span(self, label: str) -> _Span:
@@ -55,35 +64,48 @@ class Clock:
 
     def switch(self, label: str) -> str:
         """Give the time from now on to `label`; returns whose it was."""
-        now = self.now()
-        self._seconds[self._owner] += now - self._since
-        before, self._owner, self._since = self._owner, label, now
+        now, worked = self.now(), self.worked()
+        before = self._owner
+        self._seconds[before] += now - self._since
+        self._processor[before] += worked - self._worked_since
+        self._owner, self._since, self._worked_since = label, now, worked
         return before
 
     def seconds(self) -> dict[str, float]:
         self.switch(self._owner)
         return dict(self._seconds)
 
+    def processor(self) -> dict[str, float]:
+        self.switch(self._owner)
+        return dict(self._processor)
 
+
+@dataclass
 class _Sums:
-    """What is added up between two readings."""
+    """What is added up. Python's floats: a float32 sum stops growing after some millions of batches."""
 
-    def __init__(self) -> None:
-        self.batches = self.samples = self.arrived = self.terms = self.compared = 0
-        self.staleness = 0.0
-        self.cosine: Tensor | float = 0.0
-        self.ratio: Tensor | float = 0.0
-        self.loss: Tensor | float = 0.0
+    batches: int = 0
+    samples: int = 0
+    arrived: int = 0  # gradients
+    staleness: int = 0
+    compared: float = 0.0  # of the gradients that arrived, those that have a likeness
+    cosine: float = 0.0
+    ratio: float = 0.0
+    terms: float = 0.0
+    loss: float = 0.0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(_Sums)))
 
     def means(self) -> dict[str, float]:
-        """Only what was measured, and only finite numbers."""
+        """Only what was measured."""
         found: dict[str, float] = {}
         if self.arrived:
             found["staleness"] = self.staleness / self.arrived
         if self.compared:
-            found |= {"cosine": float(self.cosine) / self.compared, "norm_ratio": float(self.ratio) / self.compared}
+            found |= {"cosine": self.cosine / self.compared, "norm_ratio": self.ratio / self.compared}
         if self.terms:
-            found["loss"] = float(self.loss) / self.terms
+            found["loss"] = self.loss / self.terms
         return found
 
 
@@ -92,83 +114,136 @@ class StageMetrics:
 
     Args:
         stage, stages: k and K.
-        now: the clock's source, seconds.
+        clock: where the time goes.
     """
 
-    def __init__(self, stage: int, stages: int, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, stage: int, stages: int, clock: Clock | None = None) -> None:
         self.stage, self.stages = stage, stages
-        self.clock = Clock(now)
+        self.clock = clock or Clock()
         self.skipped: Counter[str] = Counter()
-        self.evaluation: tuple[float, float | None] | None = None
-        self._all, self._lately = _Sums(), _Sums()
-        self._before = self.clock.seconds()
+        self._evaluation: dict[str, float] = {}  # since the last reading
+        self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
+        self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
+        self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `likeness`
+        self._loss: Tensor | float = 0.0  # (2,) sums since the last reading: loss * terms, terms
+        self._before = self.clock.seconds(), self.clock.processor()
 
     def begin(self) -> None:
         """The run starts here: what lies before (waiting for the neighbours to come up) is nobody's time."""
-        self.clock = Clock(self.clock.now)
-        self._before = self.clock.seconds()
+        self.clock = Clock(self.clock.now, self.clock.worked)
+        self._before = self.clock.seconds(), self.clock.processor()
 
     def trained(self, batch: int, samples: int) -> None:
-        for sums in (self._all, self._lately):
-            sums.batches += 1
-            sums.samples += samples
+        self._lately.batches += 1
+        self._lately.samples += samples
 
     def loss(self, value: Tensor, terms: int) -> None:
-        """The mean loss of one batch (0-dim, kept as a tensor) over so many terms."""
-        for sums in (self._all, self._lately):
-            sums.loss = sums.loss + value * terms
-            sums.terms += terms
+        """The mean loss of one batch (0-dim, detached, kept as a tensor) over so many terms."""
+        value = value.float()  # a sum in half precision would soon stop growing
+        self._loss = self._loss + torch.stack([value, torch.ones_like(value)]) * terms
 
     def received(self, predicted: Tensor | None, g: Tensor, staleness: int) -> None:
         """A gradient came, after so many updates: compare it with the predicted one. Both (B, D...)."""
-        cosine = ratio = None
+        self._lately.arrived += 1
+        self._lately.staleness += staleness
         if predicted is not None:
-            a, b = predicted.flatten(), g.flatten()
-            aa, bb = torch.dot(a, a).sqrt(), torch.dot(b, b).sqrt()
-            tiny = torch.finfo(a.dtype).tiny
-            cosine, ratio = torch.dot(a, b) / (aa * bb).clamp_min(tiny), aa / bb.clamp_min(tiny)
-        for sums in (self._all, self._lately):
-            sums.arrived += 1
-            sums.staleness += staleness
-            if cosine is not None and ratio is not None:
-                sums.compared += 1
-                sums.cosine, sums.ratio = sums.cosine + cosine, sums.ratio + ratio
+            self._dots.append(dots(predicted, g))
+            if len(self._dots) >= FOLD:
+                self._fold()
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] += 1
 
     def evaluated(self, loss: float, accuracy: float | None) -> None:
-        self.evaluation = (loss, accuracy)
+        self._evaluation = {"eval.loss": loss} | ({} if accuracy is None else {"eval.accuracy": accuracy})
 
     def numbers(self, pending: int, window: int) -> dict[str, float]:
-        """What happened since the last call, for a line of metrics."""
-        seconds = self.clock.seconds()
-        spent = {label: seconds[label] - self._before[label] for label in LABELS}
-        found = {**_shares(spent), **self._lately.means(), "batches": self._lately.batches, "samples": self._lately.samples}
-        found["samples_per_second"] = self._lately.samples / found["seconds"] if found["seconds"] > 0 else 0.0
-        found |= {"in_flight": pending, "window": window, "skipped": self.skipped.total()}
-        self._before, self._lately = seconds, _Sums()
-        return found
+        """What happened since the last call, for a line of metrics. Absent: not measured, or not finite."""
+        self._read()
+        after, lately = (self.clock.seconds(), self.clock.processor()), self._lately
+        spent = _shares(*({k: b[k] - a[k] for k in LABELS} for a, b in zip(self._before, after, strict=True)))
+        found = {
+            "stage": self.stage,
+            "batches": lately.batches,
+            "samples": lately.samples,
+            "samples_per_second": lately.samples / spent["seconds"] if spent["seconds"] > 0 else 0.0,
+            **lately.means(),
+            **self._evaluation,
+            "in_flight": pending,
+            "window": window,
+            "skipped": self.skipped.total(),
+            **spent,
+        }
+        self._before, self._all, self._lately, self._evaluation = after, self._all + lately, _Sums(), {}
+        return _finite(found)
 
     def totals(self) -> dict[str, float]:
-        """The whole run, as flat numbers; `skipped.REASON` counts one reason. Absent: not measured."""
-        found = {**_shares(self.clock.seconds()), **self._all.means()}
-        found |= {"batches": self._all.batches, "samples": self._all.samples, "skipped": self.skipped.total()}
-        return found | {f"skipped.{reason}": count for reason, count in self.skipped.items()}
+        """The whole run, as flat numbers; `skipped.REASON` counts one reason. Absent: not measured, or not finite."""
+        self._read()
+        every = self._all + self._lately
+        found = {**_shares(self.clock.seconds(), self.clock.processor()), **every.means()}
+        found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
+        return _finite(found | {f"skipped.{reason}": count for reason, count in self.skipped.items()})
+
+    def _fold(self) -> None:
+        """Many gradients at once, for small operations on tensors are dear one by one."""
+        if self._dots:
+            self._likeness = self._likeness + likeness(torch.stack(self._dots))
+            self._dots = []
+
+    def _read(self) -> None:
+        """The tensors of this interval become numbers: the only place that waits for a device."""
+        self._fold()
+        if isinstance(self._likeness, Tensor):
+            cosine, ratio, compared = self._likeness.tolist()
+            self._lately += _Sums(cosine=cosine, ratio=ratio, compared=compared)
+        if isinstance(self._loss, Tensor):
+            loss, terms = self._loss.tolist()
+            self._lately += _Sums(loss=loss, terms=terms)
+        self._likeness = self._loss = 0.0
 
 
-def _shares(spent: dict[str, float]) -> dict[str, float]:
-    """Seconds by label, busy and idle, and the overhead as a share of the busy time."""
+def dots(predicted: Tensor, g: Tensor) -> Tensor:
+    """(3,) of two gradients (B, D...): ĝ·g, ĝ·ĝ, g·g, over the whole tensors."""
+    wide = torch.promote_types(g.dtype, torch.float32)  # the squares of a float16 gradient would be zeros
+    a, b = predicted.detach().flatten().to(wide), g.detach().flatten().to(wide)
+    return torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
+
+
+def likeness(rows: Tensor) -> Tensor:
+    """(N, 3) rows of `dots` to (3,) sums: of cosines, of |ĝ| / |g|, and how many rows that is.
+
+    Left out: where g is zero, or one of the two not finite. A prediction of zero, as the paper's predictors begin with,
+    has cosine 0 and ratio 0.
+    """
+    length_a, length_b = rows[:, 1].sqrt(), rows[:, 2].sqrt()
+    cosine = rows[:, 0] / length_b / length_a.clamp_min(torch.finfo(rows.dtype).tiny)
+    found = torch.stack([cosine.clamp(-1, 1), length_a / length_b, torch.ones_like(cosine)], dim=1)
+    return torch.where(found.isfinite().all(dim=1, keepdim=True), found, torch.zeros_like(found)).sum(dim=0)
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    """JSON knows no NaN and no infinity; a line without the number says that there is none."""
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _shares(spent: dict[str, float], worked: dict[str, float]) -> dict[str, float]:
+    """Seconds by label, busy and idle; and the overhead: the share of the processor's time that is not the model's.
+
+    What the processor does in a wait counts as overhead too: it is the pipeline's.
+    """
     total = sum(spent.values())
     busy = total - spent["idle"]
-    over = sum(spent[label] for label in OVERHEAD)
+    over = sum(worked[label] for label in (*OVERHEAD, "idle"))
+    all_worked = sum(worked.values())
     return {
         "seconds": total,
         "busy_seconds": busy,
         "idle_seconds": spent["idle"],
         "idle": spent["idle"] / total if total > 0 else 0.0,
-        "overhead": over / busy if busy > 0 else 0.0,
+        "overhead": over / all_worked if all_worked > 0 else 0.0,
         **{f"seconds.{label}": value for label, value in spent.items()},
+        **{f"processor.{label}": value for label, value in worked.items()},
     }
 
 
@@ -196,8 +271,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError("output.tensorboard = true needs an extra: pip install 'dnipipe[tensorboard]'") from None
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+            raise ConfigError("output.tensorboard = true needs the extra: pip install 'dnipipe[tensorboard]'") from None
+        self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, stage: int, batch: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -216,52 +291,67 @@ def summary(
         seconds: spent on training, without evaluations. totals: those of stages 0 to K-1.
     """
     first = totals[0]
+    loss, accuracy = evaluation or (None, None)
     return {
         "stages": len(totals),
         "rule": rule,
         "train": {
-            "batches": first["batches"],
-            "samples": first["samples"],
+            "batches": int(first["batches"]),
+            "samples": int(first["samples"]),
             "seconds": seconds,
             "samples_per_second": first["samples"] / seconds if seconds > 0 else 0.0,
         },
-        "eval": {"loss": evaluation[0] if evaluation else None, "accuracy": evaluation[1] if evaluation else None},
+        "eval": {"loss": _or_null(loss), "accuracy": _or_null(accuracy)},
         "stage": [_stage(index, numbers) for index, numbers in enumerate(totals)],
-        "versions": {**_versions(), "torch": torch.__version__, "python": platform.python_version(), "pyzmq": zmq.__version__},
+        "versions": {
+            "dnipipe": _version("dnipipe"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "pyzmq": _version("pyzmq"),
+        },
     }
 
 
 def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
-    measured = ("cosine", "norm_ratio", "staleness")
-    known = ("batches", "busy_seconds", "idle_seconds", "overhead", "skipped")
+    """One stage's totals, nested. The counts came over the wire as floats."""
     nested: dict[str, dict[str, float]] = defaultdict(dict)
     for name, value in numbers.items():
         if "." in name:
             nested[name.partition(".")[0]][name.partition(".")[2]] = value
     return {
         "index": index,
-        **{name: numbers[name] for name in known},
-        **{name: numbers.get(name) for name in measured},
+        **{name: int(numbers[name]) for name in ("batches", "samples", "skipped")},
+        **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead")},
+        **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness")},
         "seconds": nested["seconds"],
-        "reasons": nested["skipped"],
+        "processor": nested["processor"],
+        "reasons": {reason: int(count) for reason, count in nested["skipped"].items()},
     }
 
 
-def _versions() -> dict[str, str]:
+def _or_null(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _version(package: str) -> str:
     try:
-        return {"dnipipe": importlib.metadata.version("dnipipe")}
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return {"dnipipe": "not installed"}
+        return "not installed"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the whole new one."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Atomically: a reader sees the old file or the whole new one. Raises ValueError for NaN and infinity."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 __all__ = ["Clock", "JsonLines", "StageMetrics", "TensorBoard", "summary", "write_json"]

@@ -11,15 +11,15 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dnipipe.errors import ConfigError, DnipipeError, PeerStopped, WaitTimeout
-
-LOOPBACK = "127.0.0.1"
+from dnipipe.errors import ConfigError, PeerStopped, WaitTimeout
+from dnipipe.loopback import LOOPBACK
 
 
 class Rendezvous:
@@ -29,31 +29,56 @@ class Rendezvous:
         try:
             self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             self.machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            self.master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         except (KeyError, ValueError) as error:
             raise ConfigError(f"not started by torchrun or dnipipe train: {error} is missing or wrong") from None
-        except dist.DistError as error:
-            raise WaitTimeout(f"rank {self.rank} waited {timeout:g} s for the store of the launcher: {error}") from None
         self.incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.timeout = timeout
-        self.store = dist.PrefixStore(f"dnipipe/{self.incarnation}", store)
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            store = TCPStore(
+                self.master,
+                port,
+                is_master=self.rank == 0 and not agents,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+            )
+        except DistError as error:
+            raise WaitTimeout(f"rank {self.rank} waited {timeout:g} s for the store of the launcher: {error}") from None
+        self.store = PrefixStore(f"dnipipe/{self.incarnation}", store)
 
     def agree(self, make: Callable[[], str]) -> str:
         """What stage 0 makes, for all. If making it fails there, the others raise PeerStopped at once."""
-        if self.rank != 0:
-            word, _, text = self.get("agreement", "stage 0").partition("\n")
-            if word == "failed":
-                raise PeerStopped(text)
+        if self.rank == 0:
+            with self._telling("agreement"):
+                text = make()
+            self.publish("agreement", f"made {text}")
             return text
+        return self._made("agreement", 0)
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A step that every stage takes, and none goes beyond before all have. One that fails ends all, at once."""
+        key = f"{what}/{self.rank}"
+        with self._telling(key):
+            yield
+        self.publish(key, "made ")
+        for rank in range(self.world):
+            self._made(f"{what}/{rank}", rank)
+
+    @contextmanager
+    def _telling(self, key: str) -> Iterator[None]:
+        """Whoever waits for `key` learns of a failure instead."""
         try:
-            text = make()
-        except DnipipeError as error:
-            self.store.set("agreement", f"failed\n{error}")
-            raise
+            yield
         except BaseException as error:
-            self.store.set("agreement", f"failed\nstage 0: {type(error).__name__}: {error}")
+            self.publish(key, f"failed stage {self.rank}: {error or type(error).__name__}")
             raise
-        self.store.set("agreement", f"made\n{text}")
+
+    def _made(self, key: str, rank: int) -> str:
+        word, _, text = self.get(key, f"stage {rank}").partition(" ")
+        if word == "failed":
+            raise PeerStopped(text)
         return text
 
     def publish(self, key: str, value: str) -> None:
@@ -63,7 +88,7 @@ class Rendezvous:
         """The value that `whom` publishes. Raises WaitTimeout after the limit."""
         try:
             self.store.wait([key], timedelta(seconds=self.timeout))
-        except dist.DistError:
+        except DistError:
             raise WaitTimeout(
                 f"stage {self.rank} waited {self.timeout:g} s for {whom} to publish its {key} (transport.timeout)"
             ) from None
@@ -75,16 +100,21 @@ class Rendezvous:
             scheme = "ipc" if self.machines == 1 else "tcp"
         if scheme == "ipc":
             return f"ipc://{folder}/{self.rank}"
-        host = chosen or (LOOPBACK if self.machines == 1 else _own_address(os.environ["MASTER_ADDR"]))
+        host = chosen or (LOOPBACK if self.machines == 1 else self._own_address())
         return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
 
-
-def _own_address(master: str) -> str:
-    """The address of the interface that reaches the master: what its packets would carry, though none is sent."""
-    family, kind, protocol, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)
-        return str(probe.getsockname()[0])
+    def _own_address(self) -> str:
+        """The address of the interface that reaches the master: what packets would carry, though none is sent."""
+        family, kind, protocol, _, target = socket.getaddrinfo(self.master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            host = str(probe.getsockname()[0])
+        if host.startswith("127.") and self.master not in (LOOPBACK, "localhost"):
+            raise ConfigError(
+                f"{self.master}, the master's name, is {target[0]} here, which no other machine can reach: start with "
+                "the master's address instead of its name, or set transport.address on this machine"
+            )
+        return host
 
 
 def socket_folder() -> tempfile.TemporaryDirectory[str]:

@@ -12,7 +12,7 @@ from dnipipe.head import Head
 from dnipipe.split import Plan
 
 
-def opening(config: Config, task: Task, plan: Plan, run: Path, start: int) -> Iterator[str]:
+def opening(task: Task, plan: Plan, run: str, start: int) -> Iterator[str]:
     """What will be trained, on what, cut where."""
     yield f"data    {task.corpus}"
     yield f"run     {run}" + (f", continued from batch {start}" if start else "")

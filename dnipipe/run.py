@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from dnipipe import checkpoint
 from dnipipe.config import Config, Output, build
@@ -71,8 +70,8 @@ class Run:
 
     def fit(
         self,
-        train: Iterable[tuple[Tensor, Tensor]],
-        validation: Iterable[tuple[Tensor, Tensor]] | None = None,
+        train: Batches,
+        validation: Batches | None = None,
         epochs: int = 1,
         *,
         resume: str | Path | None = None,
@@ -118,8 +117,8 @@ class Run:
         return summary
 
     def _work(self, config: Config, train: Batches, validation: Batches | None, resume: bool) -> None:
-        from dnipipe.session import Job  # what a launching process has no use for
         from dnipipe.process import guarded
+        from dnipipe.session import Job  # what a launching process has no use for
 
         task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
         job = Job(

@@ -90,31 +90,21 @@ def work(job: Job, resume: bool = False) -> None:
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
     agreed = Agreement.from_json(meeting.agree(lambda: _agree(job, model, tasks, resume).to_json()))
-    check_settings(shared_settings(settings), agreed.settings, f"stage {meeting.rank}", "stage 0")
-    if job.own_weights:
-        _share_weights(model, agreed, meeting.rank)
     with ExitStack() as stack:
+        sockets = socket_folder()
+        stack.callback(sockets.cleanup)
+        with meeting.together("built"):
+            stage = _build(job, model, agreed, meeting.rank)
+            transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name)))
         folder = Path(agreed.folder)
-        measured = StageMetrics(meeting.rank, agreed.plan.stages)
-        stage = build_stage(job, model, agreed.plan, meeting.rank, agreed.total, measured)
-        if agreed.start:
-            load_state(stage, checkpoint.newest(folder).state_for(*_wanted(stage, agreed.plan)))
-            stage.last_batch = agreed.start
-        transport = stack.enter_context(_connected(meeting, settings, agreed))
         log = JsonLines(folder / "metrics" / f"stage-{meeting.rank}.jsonl")
         stack.callback(log.close)
-        head = None
-        if tasks:
-            display = Display(agreed.plan.stages, agreed.total, agreed.start, quiet=settings.output.quiet)
-            head = Head(settings, tasks[0], folder, measured, display, agreed.start, agreed.total)
-            stack.callback(head.close)
-            for line in result.opening(settings, tasks[0], agreed.plan, folder, agreed.start):
-                display.note(line)
+        head = stack.enter_context(_head(settings, tasks[0], agreed, stage.metrics)) if tasks else None
         worker = Worker(
             stage,
             transport,
             window_of(settings, agreed.plan, meeting.rank),
-            measured,
+            stage.metrics,
             log,
             lambda batch: checkpoint.save_part(folder, batch, meeting.rank, state_of(stage, agreed.plan)),
             timeout=settings.transport.timeout,
@@ -123,13 +113,46 @@ def work(job: Job, resume: bool = False) -> None:
         )
         with _interruptible(worker):
             worker.greet(_hellos(meeting, settings, agreed))
+            sockets.cleanup()  # the neighbours are connected: nobody else can be, and a killed process leaves no file
             worker.run()
-    if head:
-        summary = metrics.summary(
-            settings.rule.name, head.seconds, head.evaluation, [head.finals[k] for k in range(agreed.plan.stages)]
-        )
-        metrics.write_json(folder / "summary.json", summary)
-        result.closing(settings, tasks[0], folder, head, summary)
+    with meeting.together("finished"):  # whoever goes on behind this finds the summary
+        if head:
+            _conclude(settings, tasks[0], folder, head)
+
+
+def _build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
+    """This process's stage, as it is at the beginning or in the checkpoint."""
+    check_settings(shared_settings(job.config), agreed.settings, f"stage {rank}", "stage 0")
+    check_model(model, agreed.plan, rank)
+    if job.own_weights and not agreed.start:
+        _share_weights(model, Path(agreed.folder), rank)
+    stage = build_stage(job, model, agreed.plan, rank, agreed.total, StageMetrics(rank, agreed.plan.stages))
+    if agreed.start:
+        saved = checkpoint.at(Path(agreed.folder), agreed.start)
+        saved.check_model(model.state_dict())
+        load_state(stage, saved.state_for(stage.module.state_dict(), _boundary(stage, agreed.plan)))
+        stage.last_batch = agreed.start
+    return stage
+
+
+@contextmanager
+def _head(settings: Config, task: Task, agreed: Agreement, measured: StageMetrics) -> Iterator[Head]:
+    """Stage 0's script and display, which begins with what will be trained."""
+    display = Display(agreed.plan.stages, agreed.total, agreed.start, quiet=settings.output.quiet)
+    head = Head(settings, task, Path(agreed.folder), measured, display, agreed.start, agreed.total)
+    for line in result.opening(task, agreed.plan, agreed.folder, agreed.start):
+        display.note(line)
+    try:
+        yield head
+    finally:
+        head.close()
+
+
+def _conclude(settings: Config, task: Task, folder: Path, head: Head) -> None:
+    totals = [head.finals[k] for k in range(settings.pipeline.stages)]
+    summary = metrics.summary(settings.rule.name, head.seconds, head.evaluation, totals)
+    metrics.write_json(folder / "summary.json", summary)
+    result.closing(settings, task, folder, head, summary)
 
 
 # -- what stage 0 decides ----------------------------------------------------------------------------------------
@@ -189,11 +212,9 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _share_weights(model: nn.Module, agreed: Agreement, rank: int) -> None:
+def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
     """A user's script builds the model in every process; the weights that count are those of stage 0."""
-    if rank == 0 or agreed.start:
-        return
-    path = Path(agreed.folder) / "initial.safetensors"
+    path = folder / "initial.safetensors"
     if not path.exists():
         raise DataError(
             f"stage {rank} cannot see {path}, the initial weights: put output.dir on a folder all machines share"
@@ -207,7 +228,6 @@ def _share_weights(model: nn.Module, agreed: Agreement, rank: int) -> None:
 def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
     settings, device = job.config, device_of(job.config)
-    check_model(model, plan, index)
     module = split.part(model, plan, index).to(device)
     rule_class = gradient_rules.RULES[settings.rule.name]
     rule: gradient_rules.GradientRule
@@ -261,7 +281,7 @@ def device_of(settings: Config) -> torch.device:
 
 def window_of(settings: Config, plan: Plan, index: int) -> Window:
     """The setting; automatic: up to as many waiting batches as the memory limit holds, one if the rule waits."""
-    if settings.rule.name == "wait" or settings.pipeline.window == "auto" and index == plan.stages - 1:
+    if settings.rule.name == "wait" or (settings.pipeline.window == "auto" and index == plan.stages - 1):
         return Window(1)
     if settings.pipeline.window != "auto":
         return Window(settings.pipeline.window)
@@ -275,29 +295,28 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
 
 
 @contextmanager
-def _connected(meeting: Rendezvous, settings: Config, agreed: Agreement) -> Iterator[Transport]:
+def _opened(meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: Path) -> Iterator[Transport]:
     """This stage's two edges: it binds the one to the next stage, and connects to the one before."""
     if meeting.world == 1:
         yield pipeline(1, capacity=1, timeout=settings.transport.timeout)[0]
         return
     names = {Side.PREVIOUS: f"stage {meeting.rank - 1}", Side.NEXT: f"stage {meeting.rank + 1}"}
-    with socket_folder() as sockets:
-        transport = ZmqTransport(
-            agreed.run_id,
-            queue=512,
-            timeout=settings.transport.timeout,
-            max_message=settings.transport.max_message * 2**20,
-            names=names,
-        )
-        try:
-            if meeting.rank < meeting.world - 1:
-                address = meeting.address(settings.transport.scheme, settings.transport.address, Path(sockets))
-                meeting.publish(f"endpoint/{meeting.rank}", transport.listen(address))
-            if meeting.rank > 0:
-                transport.connect(meeting.get(f"endpoint/{meeting.rank - 1}", names[Side.PREVIOUS]))
-            yield transport
-        finally:
-            transport.close()
+    transport = ZmqTransport(
+        agreed.run_id,
+        queue=512,
+        timeout=settings.transport.timeout,
+        max_message=settings.transport.max_message * 2**20,
+        names=names,
+    )
+    try:
+        if meeting.rank < meeting.world - 1:
+            address = meeting.address(settings.transport.scheme, settings.transport.address, sockets)
+            meeting.publish(f"endpoint/{meeting.rank}", transport.listen(address))
+        if meeting.rank > 0:
+            transport.connect(meeting.get(f"endpoint/{meeting.rank - 1}", names[Side.PREVIOUS]))
+        yield transport
+    finally:
+        transport.close()
 
 
 def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Side, Hello]:
@@ -345,15 +364,16 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
     return StageState(
         weights=dict(stage.module.state_dict()),
         optimizer=checkpoint.optimizer_state(stage.optimizer, dict(stage.module.named_parameters())),
-        boundary="" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]],
+        boundary=_boundary(stage, plan),
         predictor=predictor,
         predictor_optimizer=learned,
         counters={"batch": stage.last_batch, "updates": stage.updates},
     )
 
 
-def _wanted(stage: Stage, plan: Plan) -> tuple[dict[str, Tensor], str]:
-    return dict(stage.module.state_dict()), "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]
+def _boundary(stage: Stage, plan: Plan) -> str:
+    """What a predictor is known by: the stage's last layer. The last stage has none."""
+    return "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]
 
 
 def load_state(stage: Stage, state: StageState) -> None:

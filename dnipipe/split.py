@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -56,9 +57,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        values = json.loads(text)
-        shapes = tuple(tuple(shape) for shape in values.pop("shapes"))
-        return cls(shapes=shapes, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = json.loads(text)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"])})
 
 
 def plan(
@@ -164,7 +165,7 @@ def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, Tensor]:
     if not isinstance(h, Tensor):
         raise TypeError(f"it returns a {type(h).__name__}, and an edge carries one tensor")
     if h.requires_grad:
-        h.backward(torch.ones_like(h))
+        h.backward(torch.ones_like(h))  # type: ignore[no-untyped-call]
     if h.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started, h.detach()

@@ -18,13 +18,12 @@ is the gradient for the stage before (docs/known-gradient.md).
 
 A graph older than an optimizer step cannot be used: autograd raises, for the weights it saved were changed in place. So
 what waits keeps its data and runs the forward again, with the same dropout mask and without counting BatchNorm's
-statistics twice. Randomness is a function of (seed, layer, batch id) alone, so a run that is resumed draws what it would
-have drawn.
+statistics twice. Randomness is a function of (seed, layer, batch id) alone, so a resumed run draws what it would have
+drawn.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,6 +37,7 @@ from dnipipe.gradient_rules import GradientRule, Use
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.predictors import Loss, loss_terms
+from dnipipe.randomness import reseed
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class Stage:
         self._mode(training=True)
         x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and self.rule.teaches)
         with self.metrics.clock.span("forward"):
-            self._seed(batch)
+            reseed(self.seed, self.first_layer, batch)
             h = self.module(x)  # 1
         if not self.last:
             yield Activation(batch, h.detach(), y)  # 2
@@ -204,13 +204,10 @@ class Stage:
     def _forward_again(self, batch: int, x: Tensor) -> Tensor:
         """The forward of a batch that waited: same random numbers, and buffers (BatchNorm) as they are, kept so."""
         self._mode(training=True)
-        self._seed(batch)
+        reseed(self.seed, self.first_layer, batch)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         h: Tensor = functional_call(self.module, buffers, (x,))
         return h
-
-    def _seed(self, batch: int) -> None:
-        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.first_layer}/{batch}".encode()))
 
     def _mode(self, training: bool) -> None:
         if self.module.training != training:

@@ -85,7 +85,7 @@ class Worker:
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        """Route what the stage yields: batches and markers down, everything else up; stage 0's own head takes the rest."""
+        """Route what the stage yields: batches and markers down, the rest up; at stage 0 its head takes that."""
         with self.metrics.clock.span("send"):
             if isinstance(message, (Activation, Evaluation, Checkpoint)):
                 self.transport.send(Side.NEXT, message)
@@ -95,7 +95,10 @@ class Worker:
                 message = replace(message, starved=True)
         if isinstance(message, Saved) and message.stage == self.index:
             with self.metrics.clock.span("checkpoint"):
-                self.save(message.batch)
+                try:
+                    self.save(message.batch)
+                except OSError as error:
+                    raise RunError(f"cannot save the checkpoint of batch {message.batch}: {error}") from error
         if self.head:
             self.head.take(message)
         else:

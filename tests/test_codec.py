@@ -100,6 +100,14 @@ def test_a_gradient_is_not_asked_of_the_wire() -> None:
     assert isinstance(back, Gradient) and back.g is not None and not back.g.requires_grad
 
 
+def test_header_is_what_the_drawing_says() -> None:
+    """The wire format is a promise to other versions; a change of it needs a new PROTOCOL."""
+    frames = codec.encode(Activation(7, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), "run", 5)
+    plain = {"batch": 7, "x": ["float32", [2, 3]], "y": ["int64", [2]]}
+    assert msgpack.unpackb(frames[0]) == {"protocol": 1, "run": "run", "seq": 5, "type": "Activation", "fields": plain}
+    assert [len(frame) for frame in frames[1:]] == [24, 16]
+
+
 def test_unaligned_frames_are_fine() -> None:
     frames = codec.encode(Answer(1, X), "r", 0)
     shifted = memoryview(bytearray(b"\0" + bytes(frames[1])))[1:]

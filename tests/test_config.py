@@ -89,7 +89,7 @@ def test_run_folders_are_new_and_the_newest_saved_is_found(tmp_path: Path) -> No
     first = new_run(tmp_path, "default")
     first.mkdir()
     assert new_run(tmp_path, "default") != first
-    with pytest.raises(CheckpointError, match="no run in .* --resume RUN"):
+    with pytest.raises(CheckpointError, match=r"no run in .* --resume RUN"):
         newest_run(tmp_path)
     (first / "checkpoints" / "00000001").mkdir(parents=True)
     (first / "checkpoints" / "00000001" / "manifest.json").write_text("{}")

@@ -118,8 +118,6 @@ def test_a_graph_older_than_an_optimizer_step_raises(problem: tuple[nn.Module, T
 def test_every_snippet_of_the_doc_is_found() -> None:
     text = DOC.read_text(encoding="utf-8")
     assert len(SNIPPETS) == text.count("```python") == text.count("```text") == 3
-    assert len(text.splitlines()) < 120
-    assert len(SNIPPETS[0][0].splitlines()) < 40
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

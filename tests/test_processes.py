@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
 from dnipipe import checkpoint, data, models
 from dnipipe.config import load
@@ -126,7 +126,7 @@ def test_wait_over_processes_is_plain_autograd_bitwise(tmp_path: Path, stages: i
     """Proof (b): K processes, 50 batches, dropout off."""
     run = tmp_path / "run"
     settings = {"rule__name": "wait", "pipeline__stages": stages, "optimizer__name": "adam"}
-    status, out, err = train(run, **settings)
+    status, _, err = train(run, **settings)
     assert status == 0, err
     assert same(checkpoint.weights(run), plain(50, **settings))
     assert summary(run)["stages"] == stages
@@ -254,13 +254,9 @@ def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
 def test_stages_of_different_configuration_are_refused(tmp_path: Path) -> None:
     """Two torchruns of one process each, whose flags differ in one setting."""
     run = tmp_path / "run"
-    store = tmp_path / "port"
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    assert store is not None
     both = [
         start(
             "train",
@@ -285,12 +281,13 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
 x = torch.randn(90, 8); y = x[:, :3].argmax(1)
 loader = [(x[i:i + 32], y[i:i + 32]) for i in range(0, 90, 32)]          # the last batch is ragged
-run = dnipipe.Run(model, stages=3, loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2), rule="synthetic",
-                  output={"dir": sys.argv[1], "quiet": True}, train={"seed": 3})
+run = dnipipe.Run(model, stages=3, loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2),
+                  rule="synthetic", output={"dir": sys.argv[1], "quiet": True}, train={"seed": 3})
 summary = run.fit(loader, loader, epochs=20)
 trained = run.model().eval()
 loss = F.cross_entropy(trained(x), y).item()
-print("after", summary["train"]["batches"], summary["train"]["samples"], abs(loss - summary["eval"]["loss"]) < 1e-5, loss < 0.9)
+same = abs(loss - summary["eval"]["loss"]) < 1e-5
+print("after", summary["train"]["batches"], summary["train"]["samples"], same, loss < 0.9)
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ def test_balance(seconds: list[float], stages: int, expected: tuple[int, ...]) -
     cut = balance(seconds, [True] * len(seconds), stages)
     edges = (0, *cut, len(seconds))
     wanted = (0, *expected, len(seconds))
-    slowest = max(sum(seconds[a:b]) for a, b in zip(edges, edges[1:], strict=False))
-    assert slowest == max(sum(seconds[a:b]) for a, b in zip(wanted, wanted[1:], strict=False))
+    slowest = max(sum(seconds[a:b]) for a, b in pairwise(edges))
+    assert slowest == max(sum(seconds[a:b]) for a, b in pairwise(wanted))
     assert len(cut) == stages - 1
 
 

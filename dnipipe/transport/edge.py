@@ -154,7 +154,7 @@ class Edge:
 
     def watch(self) -> None:
         """Take in what the monitor has to tell."""
-        while self.monitor.get(zmq.EVENTS) & zmq.POLLIN:
+        while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             event = recv_monitor_message(self.monitor)
             kind, descriptor = event["event"], event["value"]
             if kind in (zmq.EVENT_ACCEPTED, zmq.EVENT_CONNECTED):

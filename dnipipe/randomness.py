@@ -1,0 +1,18 @@
+"""Random numbers as a function of what they are for: never of what was drawn before, so a resumed run draws the same."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+
+def reseed(*what: object) -> None:
+    """Put torch's global generators where (what…) decides, e.g. reseed(seed, "epoch", 3).
+
+    Not torch.manual_seed: without a GPU that formats three stack traces a call, 0.4 ms, to replay the call later.
+    """
+    seed = zlib.crc32("/".join(map(str, what)).encode())
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
