@@ -24,7 +24,9 @@ NEWEST = "newest"
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for what can be mended, 1 for a run that failed."""
     parser = _parser()
-    options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    words, rest = separate(sys.argv[1:] if arguments is None else arguments)
+    options, unknown = parser.parse_known_args(words)
+    rest = unknown + rest
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
@@ -36,6 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"dnipipe: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse is for, `--section.key value` pairs): argparse would take a setting's value for the file."""
+    words: list[str] = []
+    settings: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            words.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return words, settings
 
 
 def _parser() -> argparse.ArgumentParser:

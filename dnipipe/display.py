@@ -64,7 +64,7 @@ class Display:
         """A line of its own, above the table."""
         if not self.quiet:
             known = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
-            self.console.print(known, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(known, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def update(self, report: Report) -> None:
         """A stage has reported; drawn when it is time to."""
@@ -103,6 +103,8 @@ class Display:
         passed = self.now() - self._drawn
         if self._live:
             return passed >= REDRAW
+        if len(self.reports) < self.stages:
+            return False
         return passed >= LINE or self.batch - self._shown >= max(1, (self.total - self.start) / 20)
 
     def _draw(self) -> None:

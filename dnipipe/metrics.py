@@ -91,7 +91,7 @@ class _Sums:
     compared: float = 0.0  # of the gradients that arrived, those that have a likeness
     cosine: float = 0.0
     ratio: float = 0.0
-    terms: float = 0.0
+    terms: int = 0
     loss: float = 0.0
 
     def __add__(self, other: _Sums) -> _Sums:
@@ -125,7 +125,7 @@ class StageMetrics:
         self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
         self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
         self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `likeness`
-        self._loss: Tensor | float = 0.0  # (2,) sums since the last reading: loss * terms, terms
+        self._loss: Tensor | float = 0.0  # 0-dim sum since the last reading
         self._before = self.clock.seconds(), self.clock.processor()
 
     def begin(self) -> None:
@@ -139,8 +139,8 @@ class StageMetrics:
 
     def loss(self, value: Tensor, terms: int) -> None:
         """The mean loss of one batch (0-dim, detached, kept as a tensor) over so many terms."""
-        value = value.float()  # a sum in half precision would soon stop growing
-        self._loss = self._loss + torch.stack([value, torch.ones_like(value)]) * terms
+        self._loss = self._loss + value.float() * terms  # a sum in half precision would soon stop growing
+        self._lately.terms += terms
 
     def received(self, predicted: Tensor | None, g: Tensor, staleness: int) -> None:
         """A gradient came, after so many updates: compare it with the predicted one. Both (B, D...)."""
@@ -197,9 +197,7 @@ class StageMetrics:
         if isinstance(self._likeness, Tensor):
             cosine, ratio, compared = self._likeness.tolist()
             self._lately += _Sums(cosine=cosine, ratio=ratio, compared=compared)
-        if isinstance(self._loss, Tensor):
-            loss, terms = self._loss.tolist()
-            self._lately += _Sums(loss=loss, terms=terms)
+        self._lately.loss += float(self._loss)
         self._likeness = self._loss = 0.0
 
 
@@ -228,20 +226,20 @@ def _finite(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def _shares(spent: dict[str, float], worked: dict[str, float]) -> dict[str, float]:
-    """Seconds by label, busy and idle; and the overhead: the share of the processor's time that is not the model's.
+    """Seconds by label, busy and idle; and the overhead, what the processor did that is not the model's, as two shares.
 
-    What the processor does in a wait counts as overhead too: it is the pipeline's.
+    overhead: of the stage's whole time. overhead_of_work: of the processor's time, what it does in a wait included, so
+    the same however many processes share a core.
     """
-    total = sum(spent.values())
-    busy = total - spent["idle"]
-    over = sum(worked[label] for label in (*OVERHEAD, "idle"))
-    all_worked = sum(worked.values())
+    total, work = sum(spent.values()), sum(worked.values())
+    own = sum(worked[label] for label in OVERHEAD)
     return {
         "seconds": total,
-        "busy_seconds": busy,
+        "busy_seconds": total - spent["idle"],
         "idle_seconds": spent["idle"],
         "idle": spent["idle"] / total if total > 0 else 0.0,
-        "overhead": over / all_worked if all_worked > 0 else 0.0,
+        "overhead": own / total if total > 0 else 0.0,
+        "overhead_of_work": (own + worked["idle"]) / work if work > 0 else 0.0,
         **{f"seconds.{label}": value for label, value in spent.items()},
         **{f"processor.{label}": value for label, value in worked.items()},
     }
@@ -321,7 +319,7 @@ def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
     return {
         "index": index,
         **{name: int(numbers[name]) for name in ("batches", "samples", "skipped")},
-        **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead")},
+        **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead", "overhead_of_work")},
         **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness")},
         "seconds": nested["seconds"],
         "processor": nested["processor"],

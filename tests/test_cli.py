@@ -24,6 +24,20 @@ def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "float32 [8, 16, 16], 8 KiB" in shown
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words", "settings"),
+    [
+        ("train a.toml --data.root x --quiet", "train a.toml --quiet", "--data.root x"),
+        ("train --train.batches 60 a.toml", "train a.toml", "--train.batches 60"),
+        ("train --train.batches=60 a.toml", "train a.toml", "--train.batches=60"),
+        ("train --output.quiet --debug", "train --debug", "--output.quiet"),
+        ("export runs/a -o model.safetensors", "export runs/a -o model.safetensors", ""),
+    ],
+)
+def test_a_settings_value_is_not_taken_for_the_file(arguments: str, words: str, settings: str) -> None:
+    assert cli.separate(arguments.split()) == (words.split(), settings.split())
+
+
 @pytest.mark.parametrize("rule", ["local", "wait"])
 def test_check_knows_every_rule(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", *words(rule__name=rule)]) == 0

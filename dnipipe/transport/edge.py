@@ -80,6 +80,13 @@ def _is_every_interface(host: str) -> bool:
     return any(number.is_unspecified for number in numbers | mapped if number)
 
 
+WATCH_EVERY = 0.02  # seconds
+
+# as plain numbers: arithmetic on zmq's enumerations costs more than the call that they are for
+ONLY, MORE, READABLE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.POLLIN)
+FIRST_OF_MANY = ONLY | MORE
+
+
 class Edge:
     """A socket to one neighbour. `lost` is why it is gone; "" while it is there, or not there yet."""
 
@@ -95,6 +102,7 @@ class Edge:
         self.last_received: int | None = None
         self._connections: set[int] = set()  # file descriptors
         self._greeted = False  # a handshake has succeeded
+        self._watched = 0.0  # when the monitor was last asked
         scheme = endpoint.partition("://")[0]
         self._grace = GRACE[scheme]
         self.socket = context.socket(zmq.DEALER)
@@ -111,19 +119,18 @@ class Edge:
         # under it. Refusing a later one would leave libzmq in the middle of a message.
         last = len(frames) - 1
         try:
-            self.socket.send(frames[0], zmq.NOBLOCK | (zmq.SNDMORE if last else 0))
+            self.socket.send(frames[0], FIRST_OF_MANY if last else ONLY)
         except zmq.Again:
             return False
         for k in range(1, last + 1):
-            self.socket.send(frames[k], zmq.SNDMORE if k < last else 0, copy=False)
+            self.socket.send(frames[k], MORE if k < last else 0, copy=False)
         return True
 
     def get(self) -> list[zmq.Frame] | None:
         """The frames of a message that is there; their memory is libzmq's own, not a copy. Raises MessageError."""
-        try:
-            frame = self.socket.recv(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not int(self.socket.get(zmq.EVENTS)) & READABLE:  # half the cost of trying and catching Again
             return None
+        frame = self.socket.recv(ONLY, copy=False)
         frames, more = [frame], 0
         while frame.more:
             frame = self.socket.recv(copy=False)
@@ -152,9 +159,15 @@ class Edge:
 
     # -- the connection ----------------------------------------------------------------------------------------
 
+    def watch_now_and_then(self) -> None:
+        """`watch`, for a hot path where something else watches too."""
+        if time.monotonic() - self._watched > WATCH_EVERY:
+            self.watch()
+
     def watch(self) -> None:
         """Take in what the monitor has to tell."""
-        while int(self.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+        self._watched = time.monotonic()
+        while int(self.monitor.get(zmq.EVENTS)) & READABLE:
             event = recv_monitor_message(self.monitor)
             kind, descriptor = event["event"], event["value"]
             if kind in (zmq.EVENT_ACCEPTED, zmq.EVENT_CONNECTED):

@@ -52,6 +52,7 @@ class ZmqTransport:
         self._context = zmq.Context(io_threads=1)  # 1: one feeds 2 GB/s and more
         self._context.set(zmq.MAX_SOCKETS, 16)  # two sockets, two monitors with two ends each, and the library's own
         self._edges: dict[Side, Edge] = {}
+        self._alarm = False
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._wake, False)
@@ -96,7 +97,7 @@ class ZmqTransport:
     def send(self, side: Side, message: Message) -> None:
         """Raises PeerLost if that side is gone, WaitTimeout if its queue stays full, MessageError if too large."""
         edge = self._edges[side]
-        edge.watch()
+        edge.watch_now_and_then()
         edge.check()
         frames = codec.encode(message, self.run, edge.sent)
         largest = max(map(len, frames[1:]), default=0)
@@ -125,21 +126,21 @@ class ZmqTransport:
 
         Raises MessageError for what is no message, and PeerLost if messages before this one are missing.
         """
-        edges = {side: self._edges[side] for side in sides}
+        edges = [self._edges[side] for side in sides]
         deadline = time.monotonic() + timeout
         while not self._was_woken():
-            for side, edge in edges.items():
+            for side, edge in zip(sides, edges, strict=True):
                 message = self._take(edge)
                 if message is not None:
                     return side, message
             self._watch()
-            for edge in edges.values():  # after _take: what came before the end has been handed out
+            for edge in edges:  # after _take: what came before the end has been handed out
                 edge.check()
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            sockets = [(edge.socket, zmq.POLLIN) for edge in edges.values()]
-            self._poll([*sockets, (self._woken, zmq.POLLIN)], edges.values(), left)
+            sockets = [(edge.socket, zmq.POLLIN) for edge in edges]
+            self._poll([*sockets, (self._woken, zmq.POLLIN)], edges, left)
         return None
 
     def _take(self, edge: Edge) -> Message | None:
@@ -176,18 +177,16 @@ class ZmqTransport:
             edge.watch()
 
     def _was_woken(self) -> bool:
-        try:
-            return bool(os.read(self._woken, 4096))
-        except BlockingIOError:
+        if not self._alarm:
             return False
-
-    @property
-    def wake_fd(self) -> int:
-        """For signal.set_wakeup_fd: a byte written here wakes `receive`."""
-        return self._wake
+        self._alarm = False
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._woken, 4096)
+        return True
 
     def wake(self) -> None:
         """Make a `receive` that waits, or the next one, return None at once. Safe in a signal handler."""
+        self._alarm = True
         with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody waits
             os.write(self._wake, b"\0")
 
