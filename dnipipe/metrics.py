@@ -35,8 +35,10 @@ class _Span:
 
     def __init__(self, clock: Clock, label: str) -> None:
         self.clock, self.label, self.outer = clock, label, list[str]()
+        self.entered = 0  # times
 
     def __enter__(self) -> None:
+        self.entered += 1
         self.outer.append(self.clock.switch(self.label))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""Random numbers as a function of what they are for: never of what was drawn before, so a resumed run draws the same."""
+"""Random numbers as a function of what they are for, not of what was drawn before: a resumed run draws the same."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def reseed(*what: object) -> None:
     """
     seed = zlib.crc32("/".join(map(str, what)).encode())
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)

@@ -130,13 +130,14 @@ class Stage:
         with self.metrics.clock.span("forward"):
             reseed(self.seed, self.first_layer, batch)
             h = self.module(x)  # 1
+        out = h.detach()
         if not self.last:
-            yield Activation(batch, h.detach(), y)  # 2
+            yield Activation(batch, out, y)  # 2
         with self.metrics.clock.span("predictor"):
-            use = self.rule.now(batch, h.detach(), y)  # 3
+            use = self.rule.now(batch, out, y)  # 3
         pending = Pending(
             x=None if use and use.update and use.send else x.detach(),
-            h=h.detach(),
+            h=out,
             y=y,
             predicted=use.g if use else None,
             updated=use is not None and use.update,

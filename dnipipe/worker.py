@@ -130,19 +130,24 @@ class Worker:
         """The next message, if one comes before something else is due (a report, a limit)."""
         self._tick()
         room = self.stage.in_flight < self.window.size
+        feeding = self.head is not None and room and not self.stopping
+        sides, idle = self._sides(room), self.metrics.clock.span("idle")
+        waits = idle.entered
         with self.metrics.clock.span("receive"):
-            sides = self._sides(room)
-            got = self.transport.receive(sides, 0) if sides else None
-        waited = False
-        if got is None and self.head and room and not self.stopping:
+            got = self.transport.receive(sides, 0.0 if feeding else self._until_report(), idle)
+        if got is None and feeding:
+            assert self.head is not None
             fed = self.head.next()
             if fed is not None:
+                self._waiting_since = None
                 return fed
-        if got is None:
-            waited = True
-            with self.metrics.clock.span("idle"):
-                got = self.transport.receive(sides, max(0.0, self._next_report - time.monotonic()))
+            with self.metrics.clock.span("receive"):
+                got = self.transport.receive(sides, self._until_report(), idle)
+        waited = idle.entered > waits
         return self._received(*got, waited, room) if got else None
+
+    def _until_report(self) -> float:
+        return max(0.0, self._next_report - time.monotonic())
 
     def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
         self._waiting_since = None

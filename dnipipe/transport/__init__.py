@@ -11,6 +11,7 @@ Promises, the same for every transport (tests/test_transport.py holds each to th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import Protocol
 
@@ -24,6 +25,9 @@ class Side(Enum):
     NEXT = "next"  # stage k+1: activations go to it, gradients come from it
 
 
+AT_EASE = nullcontext()  # for a wait that nobody measures
+
+
 class Transport(Protocol):
     """One stage's end of its edges. One thread owns it; only `wake` may be called from elsewhere."""
 
@@ -33,9 +37,12 @@ class Transport(Protocol):
         Raises PeerLost if that side is gone, WaitTimeout if its queue stays full for the transport's own limit.
         """
 
-    def receive(self, sides: Sequence[Side], timeout: float) -> tuple[Side, Message] | None:
+    def receive(
+        self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
+    ) -> tuple[Side, Message] | None:
         """The next message from one of `sides`; of several that are ready, from the side named first.
 
+        While there is nothing to do but wait, it is within `waiting`, so that its owner can tell idle time from work.
         Waits at most `timeout` seconds (0: only looks) and then, or when woken, returns None. Raises PeerLost if one
         of `sides` is gone and all it sent has been received, MessageError if what came is not a message.
         """

@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dnipipe.errors import PeerLost, WaitTimeout
 from dnipipe.messages import Message
-from dnipipe.transport import Side
+from dnipipe.transport import AT_EASE, Side
 
 
 def pipeline(stages: int, capacity: int = 512, timeout: float = 120.0) -> list[LocalTransport]:
@@ -56,10 +57,14 @@ class LocalTransport:
             queue.append(_detached(message))
             self._changed.notify_all()
 
-    def receive(self, sides: Sequence[Side], timeout: float) -> tuple[Side, Message] | None:
+    def receive(
+        self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
+    ) -> tuple[Side, Message] | None:
         """The next message, None after `timeout` or a wake. Raises PeerLost after a closed side's last message."""
         with self._changed:
-            self._changed.wait_for(lambda: self._woken or any(map(self._ready, sides)), timeout)
+            if timeout > 0 and not self._woken and not any(map(self._ready, sides)):
+                with waiting:
+                    self._changed.wait_for(lambda: self._woken or any(map(self._ready, sides)), timeout)
             if self._woken:
                 self._woken = False
                 return None

@@ -19,6 +19,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import zmq
@@ -26,7 +27,7 @@ import zmq
 from dnipipe import codec
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
 from dnipipe.messages import Message
-from dnipipe.transport import Side
+from dnipipe.transport import AT_EASE, Side
 from dnipipe.transport.edge import Edge, check_address
 
 LINGER = 5.0  # seconds in which close() delivers what was sent
@@ -52,6 +53,7 @@ class ZmqTransport:
         self._context = zmq.Context(io_threads=1)  # 1: one feeds 2 GB/s and more
         self._context.set(zmq.MAX_SOCKETS, 16)  # two sockets, two monitors with two ends each, and the library's own
         self._edges: dict[Side, Edge] = {}
+        self._pollers: dict[tuple[Side, ...], zmq.Poller] = {}  # made once: receive is called for every message
         self._alarm = False
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._woken, False)
@@ -90,6 +92,7 @@ class ZmqTransport:
             raise ValueError(f"the edge to {self.names[side]} is open already")
         edge = Edge(self._context, self.names[side], address, self.queue, self.max_message, LINGER)
         self._edges[side] = edge
+        self._pollers.clear()  # they knew one monitor less
         return edge
 
     # -- sending -----------------------------------------------------------------------------------------------
@@ -116,12 +119,14 @@ class ZmqTransport:
                     f"waited {self.timeout:g} s (transport.timeout) to send a {type(message).__name__} of batch "
                     f"{getattr(message, 'batch', None)} to {edge.name}, which takes nothing more; {edge.history()}"
                 )
-            self._poll([(edge.socket, zmq.POLLOUT)], [edge], left)
+            self._poll(self._poller([], edge.socket), [edge], left)
         edge.count_sent(message)
 
     # -- receiving ---------------------------------------------------------------------------------------------
 
-    def receive(self, sides: Sequence[Side], timeout: float) -> tuple[Side, Message] | None:
+    def receive(
+        self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
+    ) -> tuple[Side, Message] | None:
         """The next message, None after `timeout` or a wake. Raises PeerLost after a lost side's last message.
 
         Raises MessageError for what is no message, and PeerLost if messages before this one are missing.
@@ -139,8 +144,8 @@ class ZmqTransport:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            sockets = [(edge.socket, zmq.POLLIN) for edge in edges]
-            self._poll([*sockets, (self._woken, zmq.POLLIN)], edges, left)
+            with waiting:
+                self._poll(self._poller(sides), edges, left)
         return None
 
     def _take(self, edge: Edge) -> Message | None:
@@ -161,16 +166,28 @@ class ZmqTransport:
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
-    def _poll(self, wanted: list[tuple[zmq.Socket[bytes] | int, int]], edges: Iterable[Edge], seconds: float) -> None:
+    def _poll(self, poller: zmq.Poller, edges: Iterable[Edge], seconds: float) -> None:
         """Sleep until something wanted, or an event of a connection, or a lost edge's grace is over, or the limit."""
-        poller = zmq.Poller()
-        for what, flags in wanted:
-            poller.register(what, flags)
-        for edge in self._edges.values():
-            poller.register(edge.monitor, zmq.POLLIN)
         now = time.monotonic()
         ends = [edge.deadline - now for edge in edges if edge.deadline is not None]
         poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends]))))
+
+    def _poller(self, sides: Sequence[Side], full: zmq.Socket[bytes] | None = None) -> zmq.Poller:
+        """Wakes for messages from `sides`, for room in a full socket, for what the monitors tell, and for `wake`."""
+        key = tuple(sides)
+        if full is None and key in self._pollers:
+            return self._pollers[key]
+        poller = zmq.Poller()
+        for side in sides:
+            poller.register(self._edges[side].socket, zmq.POLLIN)
+        for edge in self._edges.values():
+            poller.register(edge.monitor, zmq.POLLIN)
+        if full is not None:
+            poller.register(full, zmq.POLLOUT)
+        else:
+            poller.register(self._woken, zmq.POLLIN)
+            self._pollers[key] = poller
+        return poller
 
     def _watch(self) -> None:
         for edge in self._edges.values():
