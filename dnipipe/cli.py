@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dnipipe.config import Config, describe, load, replace
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
-from dnipipe.folders import new_run, newest_run, write_config
+from dnipipe.folders import check_unused, new_run, newest_run, write_config
 from dnipipe.launcher import is_worker, launch
 
 NEWEST = "newest"
@@ -87,7 +87,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         from dnipipe.process import guarded
 
         return guarded(job_of(config), options.resume is not None, options.debug)
-    command = ["-m", "dnipipe", "train", str(write_config(folder, config))]
+    if options.resume is None:
+        check_unused(folder)
+    command = ["-m", "dnipipe", "train", str(write_config(folder, config)), f"--output.run={folder}"]
     command += ["--resume", str(folder)] * (options.resume is not None) + ["--debug"] * options.debug
     status = launch(config.pipeline.stages, command, debug=options.debug)
     if status == UsageError.exit_status and os.listdir(folder) == ["config.toml"]:

@@ -266,17 +266,16 @@ def _stdlib(config: Config) -> Task:
 def stdlib_files(folder: Path) -> list[Path]:
     """The .py files of the standard library in `folder`, without its tests and without what is bundled or generated.
 
-    Every run of one Python version gets the same files in the same order. The order is that of a checksum of their
-    relative paths: as good as shuffled, so that the end, which is held out, is like the rest. By name, the end would
-    be one package.
+    Sorted by the file's own name, then by its folder, so that every run of one Python version sees the same bytes, and
+    the end, which is held out, is not all of one package.
     """
 
     # a sitecustomize.py or site-packages is this machine's, and no module of the standard library
     top = [path for path in folder.glob("*") if path.name.removesuffix(".py") in sys.stdlib_module_names]
     paths = [path for one in top for path in ([one] if one.suffix == ".py" else one.rglob("*.py"))]
     names = [path.relative_to(folder) for path in paths]
-    wanted = [name for name in names if not SKIPPED.intersection(name.parts)]
-    return [folder / name for name in sorted(wanted, key=lambda name: (zlib.crc32(name.as_posix().encode()), name))]
+    wanted = [path for path in names if not SKIPPED.intersection(path.parts)]
+    return [folder / path for path in sorted(wanted, key=lambda path: (path.name, path.as_posix()))]
 
 
 # Tests; pip; and encodings and pydoc_data, 2 MB that are tables and one reference text rather than code.

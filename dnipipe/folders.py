@@ -28,10 +28,23 @@ def newest_run(parent: Path) -> Path:
     return saved[-1].parents[2]
 
 
+def check_unused(folder: Path) -> None:
+    """Raises ConfigError if the folder holds a run: a new one in it would overwrite its checkpoints."""
+    if (folder / "summary.json").exists() or any(folder.glob("checkpoints/*/manifest.json")):
+        raise ConfigError(
+            f"output.run = {folder} holds a run already: continue it with --resume {folder}, or name another folder"
+        )
+
+
 def write_config(folder: Path, config: Config) -> Path:
-    """The settings as TOML, so that the run can be started again, or resumed, from its folder."""
+    """The settings as TOML, so that the run can be resumed from its folder, or another one started alike.
+
+    All but output.run: a run is where its file lies.
+    """
     lines, section = [], ""
     for name, value in flat(config):
+        if name == "output.run":
+            continue
         if name.split(".")[0] != section:
             section = name.split(".")[0]
             lines.append(f"\n[{section}]")

@@ -27,7 +27,7 @@ from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task, check_batch
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError, HandshakeError
-from dnipipe.folders import write_config
+from dnipipe.folders import check_unused, write_config
 from dnipipe.head import Head
 from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
@@ -165,6 +165,8 @@ def _agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agree
     tasks.append(replace(task, classes=plan.classes))
     total = total_batches(settings, task)
     folder = Path(settings.output.run)
+    if not resume:
+        check_unused(folder)
     start = checkpoint.newest(folder).batch if resume else 0
     if start >= total:
         raise ConfigError(

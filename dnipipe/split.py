@@ -25,6 +25,8 @@ from torch import Tensor
 from dnipipe.errors import SplitError
 from dnipipe.predictors import Edge
 
+REPEATS = 6  # measurements of a layer
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -138,19 +140,19 @@ def part(model: nn.Module, made: Plan, stage: int) -> nn.Sequential:
 
 
 def _measure(model: nn.Sequential, x: Tensor, device: str) -> tuple[list[float], list[Tensor]]:
-    """Median seconds of forward + backward of each layer on one batch, and each layer's output."""
+    """Seconds of forward + backward of each layer on one batch, the least disturbed of some; each layer's output."""
     seconds, outputs = [], []
     with torch.random.fork_rng():
         h = x.to(device)
         for name, layer in model.named_children():
             twin = copy.deepcopy(layer).to(device).train()
             try:
-                runs = [_seconds(twin, h) for _ in range(4)][1:]  # the first one warms up
+                runs = [_seconds(twin, h) for _ in range(REPEATS)]
             except Exception as error:
                 raise SplitError(
                     f"layer {name} cannot take the output {tuple(h.shape)} of the layers before it: {error}"
                 ) from error
-            seconds.append(sorted(run for run, _ in runs)[1])
+            seconds.append(min(run for run, _ in runs))  # the first ones warm up, others may be interrupted
             h = runs[-1][1]
             outputs.append(h)
     return seconds, outputs
@@ -160,7 +162,8 @@ def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, Tensor]:
     x = x.detach()
     if x.is_floating_point():
         x.requires_grad_()
-    started = time.perf_counter()
+    clock = time.perf_counter if x.is_cuda else time.process_time  # the other stages' processes start at this moment
+    started = clock()
     h = layer(x)
     if not isinstance(h, Tensor):
         raise TypeError(f"it returns a {type(h).__name__}, and an edge carries one tensor")
@@ -168,7 +171,7 @@ def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, Tensor]:
         h.backward(torch.ones_like(h))  # type: ignore[no-untyped-call]
     if h.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - started, h.detach()
+    return clock() - started, h.detach()
 
 
 def _check(model: nn.Sequential, made: Plan, trainable: Sequence[bool]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dnipipe.config import Config, build, default, describe, flat, load, shared_settings
+from dnipipe.config import Config, build, default, describe, flat, load, replace, shared_settings
 from dnipipe.errors import CheckpointError, ConfigError
-from dnipipe.folders import new_run, newest_run, write_config
+from dnipipe.folders import check_unused, new_run, newest_run, write_config
 
 
 def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
@@ -80,9 +80,29 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_run_folder_holds_its_settings(tmp_path: Path) -> None:
     config = load(
-        None, ["--pipeline.boundaries", "1,2,3", "--data.root", 'a "quoted" \\ path', "--optimizer.lr", "1e-7"]
+        None,
+        [
+            "--output.run",
+            "elsewhere",
+            "--pipeline.boundaries",
+            "1,2,3",
+            "--data.root",
+            'a "quoted" \\ path',
+            "--optimizer.lr",
+            "1e-7",
+        ],
     )
-    assert load(write_config(tmp_path / "run", config)) == config
+    assert load(write_config(tmp_path / "run", config)) == replace(config, output={"run": ""})
+
+
+@pytest.mark.parametrize("left", ["summary.json", "checkpoints/00000010/manifest.json"])
+def test_a_run_is_not_trained_over(tmp_path: Path, left: str) -> None:
+    check_unused(tmp_path / "new")
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    check_unused(tmp_path)  # an unfinished checkpoint is no run
+    (tmp_path / left).touch()
+    with pytest.raises(ConfigError, match=rf"output.run = {tmp_path} holds a run already: continue it with --resume"):
+        check_unused(tmp_path)
 
 
 def test_run_folders_are_new_and_the_newest_saved_is_found(tmp_path: Path) -> None:

@@ -192,7 +192,15 @@ def test_stdlib_order_does_not_depend_on_the_folder(tmp_path: Path) -> None:
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / name).touch()
     one, other = ([p.name for p in data.stdlib_files(tmp_path / folder)] for folder in "ab")
-    assert one == other and one != sorted(one)
+    assert one == other == sorted(one)
+
+
+def test_stdlib_is_sorted_by_the_files_own_names(tmp_path: Path) -> None:
+    for name in ("json/encoder.py", "json/decoder.py", "ast.py", "email/encoders.py", "asyncio/base_events.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [path.relative_to(tmp_path).as_posix() for path in data.stdlib_files(tmp_path)]
+    assert names == ["ast.py", "asyncio/base_events.py", "json/decoder.py", "json/encoder.py", "email/encoders.py"]
 
 
 def test_stdlib_is_cut_at_the_limit_and_the_same_each_time() -> None:

@@ -198,7 +198,8 @@ def test_a_line_tells_of_its_interval_and_the_totals_of_the_run() -> None:
         assert (totals["batches"], totals["samples"], totals["seconds"]) == (3, 24, 6)
         assert totals["loss"] == (4 * 10 + 1 * 30) / 40  # weighted by terms
         assert (totals["busy_seconds"], totals["idle_seconds"], totals["skipped.no gradient came"]) == (5, 1, 1)
-        assert totals["overhead"] == pytest.approx((2 + 1) / 6)  # send, and what the processor did in the wait
+        assert totals["overhead"] == pytest.approx(2 / 6)  # the send, of the stage's whole time
+        assert totals["overhead_of_work"] == pytest.approx((2 + 1) / 6)  # and what the processor did in the wait
     assert metrics.numbers(0, 4)["batches"] == 1
 
 

@@ -180,13 +180,13 @@ def test_received_tensors_outlive_the_transport(chain: Make) -> None:
 
 def test_the_side_named_first_comes_first(chain: Make) -> None:
     a, b, c = chain(3)
-    for k in range(3):
-        a.send(NEXT, Checkpoint(k))
-        c.send(PREVIOUS, Checkpoint(10 + k))
-    assert batches(b, PREVIOUS, 1) + batches(b, NEXT, 1) == [0, 10]  # both sides are ready now
-    order = [b.receive(sides, WAIT) for sides in ([NEXT, PREVIOUS], [PREVIOUS, NEXT])]
-    assert [got and got[0] for got in order] == [NEXT, PREVIOUS]
-    assert batches(b, PREVIOUS, 1) + batches(b, NEXT, 1) == [2, 12]
+    for sides in ([NEXT, PREVIOUS], [PREVIOUS, NEXT]):
+        a.send(NEXT, Checkpoint(1))
+        c.send(PREVIOUS, Checkpoint(2))
+        if isinstance(b, ZmqTransport):  # until both are there, whichever the kernel brings first
+            assert all(edge.socket.poll(1000 * WAIT) for edge in b._edges.values())
+        order = [b.receive(sides, WAIT) for _ in sides]
+        assert [got and got[0] for got in order] == sides
 
 
 # -- limits and waking -------------------------------------------------------------------------------------------
