@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe import checkpoint
-from dnipipe.checkpoint import StageState
+from dnipipe.checkpoint import StageState, files
 from dnipipe.errors import CheckpointError
 
 CUTS = {
@@ -519,7 +519,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> 
     for holder, name in (
         (os, "fsync"),
         (os, "replace"),
-        (checkpoint, "save_file"),
+        (files, "save_file"),
         (shutil, "rmtree"),
         (Path, "write_text"),
     ):
