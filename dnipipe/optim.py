@@ -26,7 +26,10 @@ def factory(config: Config) -> OptimizerFactory:
 
 
 def schedule(config: Config, total: int) -> Schedule:
-    """Rise linearly over optimizer.warmup batches, then stay, or fall to 0 at batch `total` (linearly, as a cosine)."""
+    """Rise linearly over optimizer.warmup batches; then stay, or fall (linearly, as a cosine) towards 0.
+
+    The last batch, `total`, still counts; 0 is where the next one would be.
+    """
     kind, warmup = config.optimizer.schedule, config.optimizer.warmup
 
     def factor(batch: int) -> float:
