@@ -12,7 +12,7 @@ MAY = {
     "errors": "",
     "messages": "",
     "config": "errors",
-    "metrics": "config errors messages",
+    "metrics": "errors",
     "codec": "messages errors",
     "transport": "messages errors codec",
     "predictors": "config errors",
@@ -44,7 +44,7 @@ MAY = {
     "__main__": "cli",
 }
 FOREIGN = {  # libraries that only these may import
-    "zmq": {"transport", "metrics"},
+    "zmq": {"transport"},
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},

@@ -1,0 +1,122 @@
+"""Where the numbers go: lines of JSON by stage, TensorBoard, and the summary of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnipipe.errors import ConfigError
+
+
+class JsonLines:
+    """One stage's numbers, a line a reading; a resumed run goes on with the same file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, batch: int, numbers: dict[str, float]) -> None:
+        self._file.write(json.dumps({"time": time.time(), "batch": batch, **numbers}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """The same numbers for TensorBoard. Raises ConfigError if the extra is not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("output.tensorboard = true needs the extra: pip install 'dnipipe[tensorboard]'") from None
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def write(self, stage: int, batch: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(f"{name}/stage-{stage}", value, batch)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def summary(
+    rule: str, seconds: float, evaluation: tuple[float, float | None] | None, totals: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """summary.json: its keys are fixed; null where nothing was measured.
+
+    Args:
+        seconds: spent on training, without evaluations. totals: those of stages 0 to K-1.
+    """
+    first = totals[0]
+    loss, accuracy = evaluation or (None, None)
+    return {
+        "stages": len(totals),
+        "rule": rule,
+        "train": {
+            "batches": int(first["batches"]),
+            "samples": int(first["samples"]),
+            "seconds": seconds,
+            "samples_per_second": first["samples"] / seconds if seconds > 0 else 0.0,
+        },
+        "eval": {"loss": _or_null(loss), "accuracy": _or_null(accuracy)},
+        "stage": [_stage(index, numbers) for index, numbers in enumerate(totals)],
+        "versions": {
+            "dnipipe": _version("dnipipe"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "pyzmq": _version("pyzmq"),
+        },
+    }
+
+
+def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
+    """One stage's totals, nested. The counts came over the wire as floats."""
+    nested: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in numbers.items():
+        if "." in name:
+            nested[name.partition(".")[0]][name.partition(".")[2]] = value
+    return {
+        "index": index,
+        **{name: int(numbers[name]) for name in ("batches", "samples", "skipped")},
+        **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead", "overhead_of_work")},
+        **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness")},
+        "seconds": nested["seconds"],
+        "processor": nested["processor"],
+        "reasons": {reason: int(count) for reason, count in nested["skipped"].items()},
+    }
+
+
+def _or_null(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: a reader sees the old file or the whole new one. Raises ValueError for NaN and infinity."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

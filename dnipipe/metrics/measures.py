@@ -1,0 +1,162 @@
+"""What a stage measures about itself: sums of a run and of the time since the last reading, a likeness of gradients.
+
+Tensors are kept as tensors until a number is asked for, so that no device is waited for in the hot loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dnipipe.metrics.clock import LABELS, Clock, shares
+
+FOLD = 256  # gradients whose dot products are kept one by one
+
+
+@dataclass
+class _Sums:
+    """What is added up. Python's floats: a float32 sum stops growing after some millions of batches."""
+
+    batches: int = 0
+    samples: int = 0
+    arrived: int = 0  # gradients
+    staleness: int = 0
+    compared: float = 0.0  # of the gradients that arrived, those that have a likeness
+    cosine: float = 0.0
+    ratio: float = 0.0
+    terms: int = 0
+    loss: float = 0.0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(_Sums)))
+
+    def means(self) -> dict[str, float]:
+        """Only what was measured."""
+        found: dict[str, float] = {}
+        if self.arrived:
+            found["staleness"] = self.staleness / self.arrived
+        if self.compared:
+            found |= {"cosine": self.cosine / self.compared, "norm_ratio": self.ratio / self.compared}
+        if self.terms:
+            found["loss"] = self.loss / self.terms
+        return found
+
+
+class StageMetrics:
+    """What one stage measures about itself.
+
+    Args:
+        stage, stages: k and K.
+        clock: where the time goes.
+    """
+
+    def __init__(self, stage: int, stages: int, clock: Clock | None = None) -> None:
+        self.stage, self.stages = stage, stages
+        self.clock = clock or Clock()
+        self.skipped: Counter[str] = Counter()
+        self._evaluation: dict[str, float] = {}  # since the last reading
+        self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
+        self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
+        self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `likeness`
+        self._loss: Tensor | float = 0.0  # 0-dim sum since the last reading
+        self._before = self.clock.seconds(), self.clock.processor()
+
+    def begin(self) -> None:
+        """The run starts here: what lies before (waiting for the neighbours to come up) is nobody's time."""
+        self.clock = Clock(self.clock.now, self.clock.worked)
+        self._before = self.clock.seconds(), self.clock.processor()
+
+    def trained(self, batch: int, samples: int) -> None:
+        self._lately.batches += 1
+        self._lately.samples += samples
+
+    def loss(self, value: Tensor, terms: int) -> None:
+        """The mean loss of one batch (0-dim, detached, kept as a tensor) over so many terms."""
+        self._loss = self._loss + value.float() * terms  # a sum in half precision would soon stop growing
+        self._lately.terms += terms
+
+    def received(self, predicted: Tensor | None, g: Tensor, staleness: int) -> None:
+        """A gradient came, after so many updates: compare it with the predicted one. Both (B, D...)."""
+        self._lately.arrived += 1
+        self._lately.staleness += staleness
+        if predicted is not None:
+            self._dots.append(dots(predicted, g))
+            if len(self._dots) >= FOLD:
+                self._fold()
+
+    def skip(self, reason: str) -> None:
+        self.skipped[reason] += 1
+
+    def evaluated(self, loss: float, accuracy: float | None) -> None:
+        self._evaluation = {"eval.loss": loss} | ({} if accuracy is None else {"eval.accuracy": accuracy})
+
+    def numbers(self, pending: int, window: int) -> dict[str, float]:
+        """What happened since the last call, for a line of metrics. Absent: not measured, or not finite."""
+        self._read()
+        after, lately = (self.clock.seconds(), self.clock.processor()), self._lately
+        spent = shares(*({k: b[k] - a[k] for k in LABELS} for a, b in zip(self._before, after, strict=True)))
+        found = {
+            "stage": self.stage,
+            "batches": lately.batches,
+            "samples": lately.samples,
+            "samples_per_second": lately.samples / spent["seconds"] if spent["seconds"] > 0 else 0.0,
+            **lately.means(),
+            **self._evaluation,
+            "in_flight": pending,
+            "window": window,
+            "skipped": self.skipped.total(),
+            **spent,
+        }
+        self._before, self._all, self._lately, self._evaluation = after, self._all + lately, _Sums(), {}
+        return _finite(found)
+
+    def totals(self) -> dict[str, float]:
+        """The whole run, as flat numbers; `skipped.REASON` counts one reason. Absent: not measured, or not finite."""
+        self._read()
+        every = self._all + self._lately
+        found = {**shares(self.clock.seconds(), self.clock.processor()), **every.means()}
+        found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
+        return _finite(found | {f"skipped.{reason}": count for reason, count in self.skipped.items()})
+
+    def _fold(self) -> None:
+        """Many gradients at once, for small operations on tensors are dear one by one."""
+        if self._dots:
+            self._likeness = self._likeness + likeness(torch.stack(self._dots))
+            self._dots = []
+
+    def _read(self) -> None:
+        """The tensors of this interval become numbers: the only place that waits for a device."""
+        self._fold()
+        if isinstance(self._likeness, Tensor):
+            cosine, ratio, compared = self._likeness.tolist()
+            self._lately += _Sums(cosine=cosine, ratio=ratio, compared=compared)
+        self._lately.loss += float(self._loss)
+        self._likeness = self._loss = 0.0
+
+
+def dots(predicted: Tensor, g: Tensor) -> Tensor:
+    """(3,) of two gradients (B, D...): ĝ·g, ĝ·ĝ, g·g, over the whole tensors."""
+    wide = torch.promote_types(g.dtype, torch.float32)  # the squares of a float16 gradient would be zeros
+    a, b = predicted.detach().flatten().to(wide), g.detach().flatten().to(wide)
+    return torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
+
+
+def likeness(rows: Tensor) -> Tensor:
+    """(N, 3) rows of `dots` to (3,) sums: of cosines, of |ĝ| / |g|, and how many rows that is.
+
+    Left out: where g is zero, or one of the two not finite. A prediction of zero, as the paper's predictors begin with,
+    has cosine 0 and ratio 0.
+    """
+    length_a, length_b = rows[:, 1].sqrt(), rows[:, 2].sqrt()
+    cosine = rows[:, 0] / length_b / length_a.clamp_min(torch.finfo(rows.dtype).tiny)
+    found = torch.stack([cosine.clamp(-1, 1), length_a / length_b, torch.ones_like(cosine)], dim=1)
+    return torch.where(found.isfinite().all(dim=1, keepdim=True), found, torch.zeros_like(found)).sum(dim=0)
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    """JSON knows no NaN and no infinity; a line without the number says that there is none."""
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
