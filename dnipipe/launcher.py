@@ -13,7 +13,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -22,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dnipipe.loopback import LOOPBACK, register
 
 LAUNCHED = "DNIPIPE_LAUNCHED"  # set in the processes that this module starts; its value is for them
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher
 
 
 def is_worker() -> bool:
@@ -50,11 +52,11 @@ def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = F
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
     )
-    environment = dict(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: K processes share this machine's cores
-    os.environ[LAUNCHED] = mark
     try:
-        elastic_launch(launching, sys.executable)(*command)
+        with _left_as_it_was():
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: K processes share this machine's cores
+            os.environ[LAUNCHED] = mark
+            elastic_launch(launching, sys.executable)(*command)
     except ChildFailedError as error:
         failure = first_failure(error.failures)
         print(f"dnipipe: {failure_line(failure)}", file=sys.stderr, flush=True)
@@ -62,10 +64,23 @@ def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = F
     except SignalException as error:
         return 128 + int(error.sigval)
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
         shutil.rmtree(logs, ignore_errors=True)
     return 0
+
+
+@contextmanager
+def _left_as_it_was() -> Iterator[None]:
+    """The environment and the signal handlers, which torch's launcher changes: a user's script goes on behind it."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> ProcessFailure:
