@@ -146,7 +146,7 @@ def test_the_bigram_baseline_by_hand(text: Path) -> None:
 def test_pairs_are_counted_across_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     text = torch.randint(256, (50,), dtype=torch.uint8)
     whole = data.bigram(text, text)
-    monkeypatch.setattr(data, "COUNT_AT_ONCE", 7)
+    monkeypatch.setattr(data.text, "COUNT_AT_ONCE", 7)
     assert data.bigram(text, text) == whole
 
 

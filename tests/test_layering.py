@@ -21,7 +21,7 @@ MAY = {
     "stage": "messages errors gradient_rules predictors metrics randomness",
     "split": "errors predictors",
     "models": "config errors predictors",
-    "data": "config errors predictors",
+    "data": "config errors",
     "optim": "config",
     "window": "",
     "folders": "config errors",
