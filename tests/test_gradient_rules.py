@@ -1,0 +1,206 @@
+"""The table at the top of gradient_rules.py, row by row; and BP(λ) against a calculation by hand.
+
+now(batch, h, y) ─► Use or None       arrived(batch, h, y, g, ĝ) ─► Use or None       the predictor learns, or not
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe.config import build
+from dnipipe.errors import ConfigError, NonFiniteLoss
+from dnipipe.gradient_rules import RULES, GradientRule, Local, LossGradient, Synthetic, Use, Wait
+from dnipipe.messages import Activation
+from dnipipe.predictors import VFBN, Predictor
+from tests.conftest import Line, make_stages
+
+H, Y, G = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [-1.0, 8.0]])
+
+
+class Constant(Predictor):
+    """Guesses one number everywhere, and learns the mean of what arrives."""
+
+    def __init__(self, value: float = 0.25) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+        self.taught: list[Tensor] = []
+
+    def predict(self, h: Tensor, y: Tensor) -> Tensor:
+        return torch.full_like(h, self.value.item())
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+        if g is None:
+            return None
+        self.taught.append(g)
+        return (self.value - g.mean()) ** 2
+
+
+GUESS = torch.full_like(H, 0.25)
+
+
+def same(found: Use | None, expected: tuple[Tensor, bool, bool] | None) -> bool:
+    """Bitwise; (gradient, update, send)."""
+    if found is None or expected is None:
+        return found is None and expected is None
+    return torch.equal(found.g, expected[0]) and (found.update, found.send) == expected[1:]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+UNTRUSTED = (GUESS, False, False)  # only measured
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "now", "arrived"),
+    [
+        ({"bp_lambda": 0.0}, 1, (GUESS, True, True), None),
+        ({"bp_lambda": 0.5}, 1, (GUESS, True, False), ((G + GUESS) / 2, False, True)),
+        ({"bp_lambda": 1.0}, 1, (GUESS, True, False), (G, False, True)),
+        # in its warm-up; the last batch of it, and the first behind it
+        ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
+        ({"warmup": 3, "bp_lambda": 0.5}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "warmup_updates": True}, 4, (GUESS, True, True), None),
+        ({"warmup": 3, "bp_lambda": 0.5}, 4, (GUESS, True, False), ((G + GUESS) / 2, False, True)),
+    ],
+    ids=["0", "half", "1", "warm-up-wait", "warm-up-zero", "warm-up-half", "behind-warm-up", "behind-warm-up-half"],
+)
+def test_synthetic(
+    settings: dict[str, float], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool] | None
+) -> None:
+    rule = Synthetic(predictor := Constant(), 0.1, **settings)  # type: ignore[arg-type]
+    use = rule.now(batch, H, Y)
+    assert same(use, now) and use is not None
+    assert predictor.taught == []
+    assert same(rule.arrived(batch, H, Y, G, use.g), arrived)
+    assert [torch.equal(lesson, G) for lesson in predictor.taught] == [True]
+    assert predictor.value.item() == pytest.approx(0.35)  # Adam's first step is its rate, towards the mean of G, 2
+    assert rule.teaches
+
+
+@pytest.mark.parametrize("settings", [{}, {"bp_lambda": 0.5}, {"warmup": 3}])
+def test_synthetic_learns_nothing_from_a_gradient_that_was_not_made(settings: dict[str, float]) -> None:
+    """The batch was skipped further down. A regression has no target then."""
+    rule = Synthetic(predictor := Constant(), 0.1, **settings)  # type: ignore[arg-type]
+    use = rule.now(1, H, Y)
+    assert use is not None and rule.arrived(1, H, Y, None, use.g) is None
+    assert predictor.value.item() == 0.25
+
+
+def test_synthetic_mixes_with_what_was_guessed_then_not_with_what_would_be_now() -> None:
+    rule = Synthetic(Constant(), 0.1, bp_lambda=0.25)
+    first = rule.now(1, H, Y)
+    assert first is not None
+    rule.arrived(2, H, Y, G, first.g)  # meanwhile it learns
+    assert same(rule.arrived(1, H, Y, G, first.g), (0.25 * G + 0.75 * GUESS, False, True))
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_local_applies_its_own_loss_gradient_and_learns_in_the_same_backward(warmup: int) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(2, 2)
+    h, untrained = H.clone().requires_grad_(), copy.deepcopy(head)
+    (expected,) = torch.autograd.grad(F.cross_entropy(untrained(h), Y), h)
+    rule = Local(VFBN(head, F.cross_entropy, matching=9.0), 0.1, warmup)
+    assert same(rule.now(1, H, Y), (expected, warmup == 0, True))
+    moved = copy.deepcopy(head.weight)
+    assert not torch.equal(moved, untrained.weight)
+    assert F.cross_entropy(head(H), Y) < F.cross_entropy(untrained(H), Y)
+    assert rule.arrived(1, H, Y, G, expected) is None  # nothing arrives, and nothing would be learnt from it
+    assert torch.equal(head.weight, moved) and not rule.teaches
+
+
+def test_wait() -> None:
+    rule = Wait()
+    assert rule.now(1, H, Y) is None
+    assert same(rule.arrived(1, H, Y, G, None), (G, True, True))
+    assert rule.arrived(1, H, Y, None, None) is None
+    assert rule.teaches and rule.predictor is None
+
+
+def test_the_last_stage_has_the_true_gradient_and_tells_the_loss() -> None:
+    told: list[tuple[float, int]] = []
+    rule = LossGradient(F.cross_entropy, True, lambda value, terms: told.append((value.item(), terms)))
+    share = (F.softmax(H, 1) - F.one_hot(Y, 2)) / 2  # of cross-entropy, by hand: (p - onehot) / N
+    use = rule.now(1, H, Y)
+    assert use is not None and (use.update, use.send) == (True, True)
+    torch.testing.assert_close(use.g, share)
+    assert told == [(F.cross_entropy(H, Y).item(), 2)]
+    with pytest.raises(AssertionError, match="no stage follows the last"):
+        rule.arrived(1, H, Y, G, None)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_or_is_skipped_and_never_told(bad: float) -> None:
+    told: list[Tensor] = []
+
+    def rule(stop: bool) -> LossGradient:
+        return LossGradient(lambda h, y: h.sum() * bad, True, lambda value, terms: told.append(value), stop)
+
+    with pytest.raises(NonFiniteLoss, match=rf"the loss is {bad} at batch 7: .*train\.on_nan = skip"):
+        rule(stop=True).now(7, H, Y)
+    assert rule(stop=False).now(7, H, Y) is None
+    assert told == []
+
+
+# -- BP(λ) -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.25, 1.0])
+def test_bp_lambda_is_the_papers_recursion(lam: float) -> None:
+    """Appendix A.2: what stage k-1 is taught is J_k^T (λ δ_k + (1-λ) ĝ_k), and δ_k is such a mixture itself.
+
+    x ──·2──► h0 ──·3──► h1 ──·5──► h2 ──·7──► L = mean          one number a sample; N = 4 samples
+              ĝ0         ĝ1         ĝ2         δ2 = 7/N = 1.75
+    """
+    modules: list[nn.Module] = []
+    for weight in (2.0, 3.0, 5.0, 7.0):
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(layer.weight, weight)
+        modules.append(layer)
+    guesses = [Constant(0.5), Constant(-1.0), Constant(4.0)]
+    still = partial(torch.optim.SGD, lr=0.0)
+    stages = make_stages(
+        modules, lambda k: Synthetic(guesses[k], 0.0, bp_lambda=lam), still, loss=lambda h, y: h.mean()
+    )
+    line = Line(stages)
+    line.feed(Activation(1, torch.randn(4, 1), torch.zeros(4)))
+    line.run()
+    # λ = 1/4:  δ1 = 5 (1.75/4 + 3·4/4) = 17.1875;  δ0 = 3 (17.1875/4 - 3·1/4) = 10.640625
+    taught = {0.0: (-3.0, 20.0, 1.75), 0.25: (10.640625, 17.1875, 1.75), 1.0: (26.25, 8.75, 1.75)}[lam]
+    for predictor, expected in zip(guesses, taught, strict=True):
+        (lesson,) = predictor.taught
+        assert torch.equal(lesson, torch.full((4, 1), expected))
+
+
+# -- out of the settings -----------------------------------------------------------------------------------------
+
+
+def made(**rule: object) -> GradientRule:
+    config = build({"rule": rule, "predictor": {"lr": 0.07}})
+    return RULES[config.rule.name].build(config, lambda: VFBN(nn.Linear(2, 2), F.cross_entropy, 0.0))
+
+
+def test_a_rule_has_the_settings_it_was_given() -> None:
+    for word, updates in (("wait", True), ("zero", False)):
+        rule = made(name="synthetic", bp_lambda=0.3, warmup=5, warmup_rule=word)
+        assert isinstance(rule, Synthetic)
+        assert (rule.bp_lambda, rule.warmup, rule.warmup_updates) == (0.3, 5, updates)
+        assert rule.adam.param_groups[0]["lr"] == 0.07
+    rule = made(name="local", warmup=5)
+    assert isinstance(rule, Local)
+    assert rule.warmup == 5 and rule.adam.param_groups[0]["lr"] == 0.07
+    assert isinstance(made(name="wait"), Wait)
+
+
+def test_local_needs_a_predictor_with_a_loss_of_its_own() -> None:
+    config = build({"rule": {"name": "local"}, "predictor": {"name": "linear"}})
+    with pytest.raises(ConfigError, match=r"predictor\.name = linear: use predictor\.name = vfbn"):
+        Local.build(config, Constant)
