@@ -1,25 +1,14 @@
-"""Every setting, its default and its check: frozen dataclasses, filled from TOML and then from `--section.key value`.
-
-One path checks both sources: `build` takes nested plain values and returns a `Config`, or raises a ConfigError that
-names the setting, its value and the way out. Nothing here touches torch, a file system or a socket.
-"""
+"""Every setting, its default, its explanation and its limits: frozen dataclasses, a section each."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_type_hints
 
+from dnipipe.config.values import check, name_of
 from dnipipe.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def setting(
@@ -147,7 +136,7 @@ class Config:
     def __post_init__(self) -> None:
         for name, value in flat(self):
             section, key = name.split(".")
-            _check(name, value, type(getattr(self, section)), key)
+            check(name, value, type(getattr(self, section)), key)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -192,49 +181,7 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
         kind = get_type_hints(Config)[section.name]
         for item in fields(kind):
             hint = get_type_hints(kind)[item.name]
-            yield f"{section.name}.{item.name}", _name_of(hint), item.default, item.metadata["help"]
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """A TOML file (or none: the embedded default), then `--section.key value` from the command line on top."""
-    values = default() if path is None else _read(Path(path))
-    for name, text in _pairs(overrides):
-        section, _, key = name.partition(".")
-        if isinstance(values.setdefault(section, {}), dict):
-            values[section][key] = _parse(name, text)
-    return build(values)
-
-
-def default() -> dict[str, dict[str, Any]]:
-    """The embedded default run: a byte-level language model on Python's own sources, sized for two cores."""
-    return {
-        "model": {"layers": 4, "width": 64},
-        "data": {"batch": 16, "context": 32, "validation": 0.02},
-        "optimizer": {"lr": 4e-3},
-        "pipeline": {"boundaries": (2, 3, 4)},  # a block each: measured cuts differ a little from run to run
-        "train": {"batches": 1200},
-        "checkpoint": {"every": 600},
-    }
-
-
-def build(values: Mapping[str, Any]) -> Config:
-    """Nested plain values, as TOML gives them, into a checked Config."""
-    sections = get_type_hints(Config)
-    parts = {}
-    for section, table in values.items():
-        if section not in sections:
-            raise ConfigError(f"unknown section [{section}]{_nearest(section, sections)}")
-        if not isinstance(table, Mapping):
-            raise ConfigError(
-                f"{section} = {table!r} is a section, not a setting: write [{section}] above its settings"
-            )
-        kind = sections[section]
-        known = {item.name for item in fields(kind)}
-        for key in table:
-            if key not in known:
-                raise ConfigError(f"unknown setting {section}.{key}{_nearest(f'{section}.{key}', _all_names())}")
-        parts[section] = kind(**{key: _convert(kind, key, value) for key, value in table.items()})
-    return Config(**parts)
+            yield f"{section.name}.{item.name}", name_of(hint), item.default, item.metadata["help"]
 
 
 def replace(config: Config, **settings: Any) -> Config:
@@ -242,107 +189,3 @@ def replace(config: Config, **settings: Any) -> Config:
     return dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **part) for name, part in settings.items()}
     )
-
-
-# -- one value ---------------------------------------------------------------------------------------------------
-
-
-def _convert(kind: type, key: str, value: Any) -> Any:
-    """TOML has lists where we have tuples, and writes 1 where 1.0 is meant; all else stays, to be checked."""
-    hint = get_type_hints(kind)[key]
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    return value
-
-
-def _check(name: str, value: Any, section: type, key: str) -> None:
-    hint = get_type_hints(section)[key]
-    item = next(item for item in fields(section) if item.name == key)
-    if not _fits(value, hint):
-        choices = _choices(hint)
-        near = _nearest(str(value), choices) if choices and isinstance(value, str) else ""
-        raise ConfigError(f"{name} = {value!r}: expected {_name_of(hint)}{near}")
-    low, high = item.metadata["low"], item.metadata["high"]
-    number = type(value) in (int, float)
-    if number and (value != value or (low is not None and value < low) or (high is not None and value > high)):
-        bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        raise ConfigError(f"{name} = {value}: expected {' and '.join(bounds)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Union:
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(element, get_args(hint)[0]) for element in value)
-    return type(value) is hint
-
-
-def _choices(hint: Any) -> list[str]:
-    options = get_args(hint) if get_origin(hint) is Union else (hint,)
-    return [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-
-
-def _name_of(hint: Any) -> str:
-    if get_origin(hint) is Union:
-        return " or ".join(_name_of(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " | ".join(get_args(hint))
-    if get_origin(hint) is tuple:
-        return "a list of whole numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _all_names() -> list[str]:
-    return [name for name, *_ in describe()]
-
-
-# -- sources -----------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`--a.b v`, `--a.b=v`; a setting without a value is a switch: `--a.b` means true."""
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or "." not in word.partition("=")[0]:
-            raise ConfigError(f"cannot read {word!r}: settings are written --section.key value")
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        yield name.replace("-", "_"), text
-
-
-def _parse(name: str, text: str) -> Any:
-    """A word from the command line, read as its setting's type wants; what does not fit stays text, to be refused."""
-    section, _, key = name.partition(".")
-    kind = get_type_hints(Config).get(section)
-    hint = get_type_hints(kind).get(key) if kind else None
-    try:
-        if get_origin(hint) is tuple:
-            return tuple(int(part) for part in text.split(",") if part)
-        for option in get_args(hint) if get_origin(hint) is Union else (hint,):
-            if option is bool:
-                return {"true": True, "false": False}.get(text.lower(), text)
-            if option in (int, float):
-                return option(text)
-    except ValueError:
-        pass
-    return text

@@ -1,0 +1,114 @@
+"""Where settings come from: the default or a TOML file, `--section.key value` on top; all of them through `build`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dnipipe.config.settings import Config, describe
+from dnipipe.config.values import nearest
+from dnipipe.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """A TOML file (or none: the embedded default), then `--section.key value` from the command line on top."""
+    values = default() if path is None else _read(Path(path))
+    for name, text in _pairs(overrides):
+        section, _, key = name.partition(".")
+        if isinstance(values.setdefault(section, {}), dict):
+            values[section][key] = _parse(name, text)
+    return build(values)
+
+
+def default() -> dict[str, dict[str, Any]]:
+    """The embedded default run: a byte-level language model on Python's own sources, sized for two cores."""
+    return {
+        "model": {"layers": 4, "width": 64},
+        "data": {"batch": 16, "context": 32, "validation": 0.02},
+        "optimizer": {"lr": 4e-3},
+        "pipeline": {"boundaries": (2, 3, 4)},  # a block each: measured cuts differ a little from run to run
+        "train": {"batches": 1200},
+        "checkpoint": {"every": 600},
+    }
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """Nested plain values, as TOML gives them, into a checked Config."""
+    sections = get_type_hints(Config)
+    parts = {}
+    for section, table in values.items():
+        if section not in sections:
+            raise ConfigError(f"unknown section [{section}]{nearest(section, sections)}")
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"{section} = {table!r} is a section, not a setting: write [{section}] above its settings"
+            )
+        kind = sections[section]
+        known = {item.name for item in fields(kind)}
+        for key in table:
+            if key not in known:
+                raise ConfigError(f"unknown setting {section}.{key}{nearest(f'{section}.{key}', _all_names())}")
+        parts[section] = kind(**{key: _convert(kind, key, value) for key, value in table.items()})
+    return Config(**parts)
+
+
+def _convert(kind: type, key: str, value: Any) -> Any:
+    """TOML has lists where we have tuples, and writes 1 where 1.0 is meant; all else stays, to be checked."""
+    hint = get_type_hints(kind)[key]
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    return value
+
+
+def _all_names() -> list[str]:
+    return [name for name, *_ in describe()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """`--a.b v`, `--a.b=v`; a setting without a value is a switch: `--a.b` means true."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or "." not in word.partition("=")[0]:
+            raise ConfigError(f"cannot read {word!r}: settings are written --section.key value")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        yield name.replace("-", "_"), text
+
+
+def _parse(name: str, text: str) -> Any:
+    """A word from the command line, read as its setting's type wants; what does not fit stays text, to be refused."""
+    section, _, key = name.partition(".")
+    kind = get_type_hints(Config).get(section)
+    hint = get_type_hints(kind).get(key) if kind else None
+    try:
+        if get_origin(hint) is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        for option in get_args(hint) if get_origin(hint) is Union else (hint,):
+            if option is bool:
+                return {"true": True, "false": False}.get(text.lower(), text)
+            if option in (int, float):
+                return option(text)
+    except ValueError:
+        pass
+    return text
