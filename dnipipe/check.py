@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from dnipipe.building import Job, build_stage, first_batch, plan_for, total_batches
 from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.result import table
-from dnipipe.session import Job, build_stage, first_batch, plan_for, total_batches
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dnipipe import data, models, optim
+from dnipipe.building import Job
 from dnipipe.config import Config
-from dnipipe.session import Job
 
 
 def job_of(config: Config) -> Job:

@@ -9,9 +9,10 @@ import traceback
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from dnipipe.building import Job
 from dnipipe.errors import DnipipeError, PeerLost, PeerStopped
 from dnipipe.launcher import LAUNCHED
-from dnipipe.session import Job, work
+from dnipipe.session import work
 
 
 def guarded(job: Job, resume: bool = False, debug: bool = False) -> int:

@@ -117,8 +117,8 @@ class Run:
         return summary
 
     def _work(self, config: Config, train: Batches, validation: Batches | None, resume: bool) -> None:
+        from dnipipe.building import Job  # what a launching process has no use for
         from dnipipe.process import guarded
-        from dnipipe.session import Job  # what a launching process has no use for
 
         task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
         job = Job(

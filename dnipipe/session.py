@@ -7,53 +7,46 @@ work(job):  rendezvous ─► agree (stage 0 loads the data, measures, cuts) ─
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, gradient_rules, metrics, optim, predictors, result, split
-from dnipipe.checkpoint import StageState
+from dnipipe import checkpoint, metrics, result
+from dnipipe.building import (
+    Job,
+    boundary_of,
+    build_stage,
+    check_model,
+    first_batch,
+    load_state,
+    plan_for,
+    state_of,
+    total_batches,
+    window_of,
+)
 from dnipipe.config import Config, shared_settings
-from dnipipe.data import Task, check_batch
+from dnipipe.data import Task
 from dnipipe.display import Display
-from dnipipe.errors import ConfigError, DataError, HandshakeError
+from dnipipe.errors import ConfigError, DataError
 from dnipipe.folders import check_unused, write_config
 from dnipipe.head import Head
 from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
-from dnipipe.optim import OptimizerFactory
-from dnipipe.predictors import Loss
 from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
-from dnipipe.window import Window
 from dnipipe.worker import Worker, check_settings
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train. Every process has one; functions, so that each builds only what it needs."""
-
-    config: Config
-    model: Callable[[], nn.Module]
-    loss: Loss
-    optimizer: OptimizerFactory
-    task: Callable[[], Task]  # called by stage 0 only
-    schedule: Callable[[int], float] | None = None  # None: as the configuration says
-    own_weights: bool = False  # the model's weights are stage 0's, not drawn from train.seed
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ def _build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
     if agreed.start:
         saved = checkpoint.at(Path(agreed.folder), agreed.start)
         saved.check_model(model.state_dict())
-        load_state(stage, saved.state_for(stage.module.state_dict(), _boundary(stage, agreed.plan)))
+        load_state(stage, saved.state_for(stage.module.state_dict(), boundary_of(stage, agreed.plan)))
         stage.last_batch = agreed.start
     return stage
 
@@ -180,36 +173,6 @@ def _agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agree
     return Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
 
 
-def first_batch(task: Task) -> tuple[Tensor, Tensor]:
-    """The batch that is measured; drawing it leaves torch's random state as it was."""
-    with torch.random.fork_rng():
-        pair = next(iter(task.train), None)
-    if pair is None:
-        raise DataError("the training data has no batch: it is empty")
-    return check_batch(pair, task.classes, 1)
-
-
-def plan_for(settings: Config, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
-    """The plan, with the number of classes taken from the model's output where the data does not say it."""
-    pipeline = settings.pipeline
-    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device_of(settings)))
-    if classes is None and not y.is_floating_point() and len(made.shapes[-1]) == y.dim() + 1:
-        made = replace(made, classes=made.shapes[-1][-1 if made.shapes[-1][:-1] == y.shape else 1])
-        check_batch((x, y), made.classes, 1)
-    return made
-
-
-def total_batches(settings: Config, task: Task) -> int:
-    try:
-        an_epoch = len(task.train)
-    except TypeError:
-        raise DataError(
-            "the training data has no length (len() fails): pass a DataLoader over a map-style Dataset, or a sequence "
-            "of batches"
-        ) from None
-    return settings.train.batches or settings.train.epochs * an_epoch
-
-
 def _whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
 
@@ -222,75 +185,6 @@ def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
             f"stage {rank} cannot see {path}, the initial weights: put output.dir on a folder all machines share"
         )
     model.load_state_dict(safetensors.torch.load_file(path))
-
-
-# -- building ----------------------------------------------------------------------------------------------------
-
-
-def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
-    """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
-    settings, device = job.config, device_of(job.config)
-    module = split.part(model, plan, index).to(device)
-    rule_class = gradient_rules.RULES[settings.rule.name]
-    rule: gradient_rules.GradientRule
-    if index == plan.stages - 1:
-        stop = settings.train.on_nan == "stop"
-        rule = gradient_rules.LossGradient(job.loss, rule_class.teaches, measured.loss, stop)
-    else:
-        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
-        rule = rule_class.build(
-            settings, lambda: predictors.build(settings.predictor, plan.edge(index), job.loss).to(device)
-        )
-    return Stage(
-        index,
-        plan.stages,
-        module,
-        rule,
-        job.optimizer([p for p in module.parameters() if p.requires_grad]),
-        measured,
-        loss=job.loss,
-        schedule=job.schedule or optim.schedule(settings, total),
-        clip=settings.optimizer.clip,
-        seed=settings.train.seed,
-        first_layer=plan.layers_of(index)[0],
-        device=device,
-    )
-
-
-def check_model(model: nn.Module, plan: Plan, index: int) -> None:
-    """Raises HandshakeError if the model built here is not the one that was planned."""
-    names = tuple(name for name, _ in model.named_children())
-    sizes = tuple(sum(p.numel() for p in layer.parameters()) for layer in model.children())
-    for what, here, there in (("layers", names, plan.layers), ("parameters by layer", sizes, plan.parameters)):
-        if here != there:
-            raise HandshakeError(f"stage {index} built another model than stage 0: {what} {here} here, {there} there")
-
-
-def device_of(settings: Config) -> torch.device:
-    """The setting, or the GPU that the launcher's LOCAL_RANK names, or the CPU."""
-    name = settings.pipeline.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("pipeline.device = cuda, but torch sees no GPU here: use cpu or auto")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"pipeline.device = {name}: expected auto, cpu or cuda") from None
-
-
-def window_of(settings: Config, plan: Plan, index: int) -> Window:
-    """The setting; automatic: up to as many waiting batches as the memory limit holds, one if the rule waits."""
-    if settings.rule.name == "wait" or (settings.pipeline.window == "auto" and index == plan.stages - 1):
-        return Window(1)
-    if settings.pipeline.window != "auto":
-        return Window(settings.pipeline.window)
-    elements = 1
-    for size in plan.edge(index).h:
-        elements *= size
-    return Window(None, limit=min(256, settings.pipeline.memory * 2**20 // max(1, 3 * 4 * elements)))
 
 
 # -- connecting --------------------------------------------------------------------------------------------------
@@ -350,41 +244,3 @@ def _interruptible(worker: Worker) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# -- state -------------------------------------------------------------------------------------------------------
-
-
-def state_of(stage: Stage, plan: Plan) -> StageState:
-    """What the stage is right now, by the whole model's names."""
-    rule = stage.rule
-    predictor: dict[str, Any] = {}
-    learned: dict[str, dict[str, Any]] = {}
-    if rule.predictor is not None and rule.optimizer is not None:
-        predictor = dict(rule.predictor.state_dict())
-        learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
-    return StageState(
-        weights=dict(stage.module.state_dict()),
-        optimizer=checkpoint.optimizer_state(stage.optimizer, dict(stage.module.named_parameters())),
-        boundary=_boundary(stage, plan),
-        predictor=predictor,
-        predictor_optimizer=learned,
-        counters={"batch": stage.last_batch, "updates": stage.updates},
-    )
-
-
-def _boundary(stage: Stage, plan: Plan) -> str:
-    """What a predictor is known by: the stage's last layer. The last stage has none."""
-    return "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]
-
-
-def load_state(stage: Stage, state: StageState) -> None:
-    """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor."""
-    stage.module.load_state_dict(state.weights)
-    checkpoint.load_optimizer_state(stage.optimizer, dict(stage.module.named_parameters()), state.optimizer)
-    rule = stage.rule
-    if state.predictor and rule.predictor is not None and rule.optimizer is not None:
-        rule.predictor.load_state_dict(state.predictor)
-        checkpoint.load_optimizer_state(
-            rule.optimizer, dict(rule.predictor.named_parameters()), state.predictor_optimizer
-        )

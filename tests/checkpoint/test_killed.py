@@ -120,7 +120,7 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path, mon
         checkpoint.export(tmp_path, tmp_path / "nowhere" / "model.safetensors")
 
 
-# -- tidying ---------------------------------------------------------------------------------------------------
+# -- tidying -----------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_complete_are_kept_and_older_unfinished_go(tmp_path: Path) -> None:

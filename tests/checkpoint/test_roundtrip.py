@@ -80,7 +80,7 @@ def test_an_export_loads_into_the_plain_model(tmp_path: Path) -> None:
     assert plain(checkpoint.weights(tmp_path)) == plain(dict(net.state_dict()))
 
 
-# -- another cut -----------------------------------------------------------------------------------------------
+# -- another cut -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

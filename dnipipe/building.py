@@ -1,0 +1,181 @@
+"""From a job to a stage: the plan that stage 0 makes of model and data, a stage of that plan, and what it saves.
+
+Job ─► first_batch ─► plan_for ─► Plan ─► build_stage ─► Stage ─ state_of ─► StageState
+                                                              ◄─ load_state ─
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dnipipe import checkpoint, gradient_rules, optim, predictors, split
+from dnipipe.checkpoint import StageState
+from dnipipe.config import Config
+from dnipipe.data import Task, check_batch
+from dnipipe.errors import ConfigError, DataError, HandshakeError
+from dnipipe.metrics import StageMetrics
+from dnipipe.optim import OptimizerFactory
+from dnipipe.predictors import Loss
+from dnipipe.split import Plan
+from dnipipe.stage import Stage
+from dnipipe.window import Window
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train. Every process has one; functions, so that each builds only what it needs."""
+
+    config: Config
+    model: Callable[[], nn.Module]
+    loss: Loss
+    optimizer: OptimizerFactory
+    task: Callable[[], Task]  # called by stage 0 only
+    schedule: Callable[[int], float] | None = None  # None: as the configuration says
+    own_weights: bool = False  # the model's weights are stage 0's, not drawn from train.seed
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------
+
+
+def first_batch(task: Task) -> tuple[Tensor, Tensor]:
+    """The batch that is measured; drawing it leaves torch's random state as it was."""
+    with torch.random.fork_rng():
+        pair = next(iter(task.train), None)
+    if pair is None:
+        raise DataError("the training data has no batch: it is empty")
+    return check_batch(pair, task.classes, 1)
+
+
+def plan_for(settings: Config, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
+    """The plan, with the number of classes taken from the model's output where the data does not say it."""
+    pipeline = settings.pipeline
+    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device_of(settings)))
+    if classes is None and not y.is_floating_point() and len(made.shapes[-1]) == y.dim() + 1:
+        made = replace(made, classes=made.shapes[-1][-1 if made.shapes[-1][:-1] == y.shape else 1])
+        check_batch((x, y), made.classes, 1)
+    return made
+
+
+def total_batches(settings: Config, task: Task) -> int:
+    try:
+        an_epoch = len(task.train)
+    except TypeError:
+        raise DataError(
+            "the training data has no length (len() fails): pass a DataLoader over a map-style Dataset, or a sequence "
+            "of batches"
+        ) from None
+    return settings.train.batches or settings.train.epochs * an_epoch
+
+
+def device_of(settings: Config) -> torch.device:
+    """The setting, or the GPU that the launcher's LOCAL_RANK names, or the CPU."""
+    name = settings.pipeline.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("pipeline.device = cuda, but torch sees no GPU here: use cpu or auto")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"pipeline.device = {name}: expected auto, cpu or cuda") from None
+
+
+# -- a stage of it -----------------------------------------------------------------------------------------------
+
+
+def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
+    """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
+    settings, device = job.config, device_of(job.config)
+    module = split.part(model, plan, index).to(device)
+    rule_class = gradient_rules.RULES[settings.rule.name]
+    rule: gradient_rules.GradientRule
+    if index == plan.stages - 1:
+        stop = settings.train.on_nan == "stop"
+        rule = gradient_rules.LossGradient(job.loss, rule_class.teaches, measured.loss, stop)
+    else:
+        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
+        rule = rule_class.build(
+            settings, lambda: predictors.build(settings.predictor, plan.edge(index), job.loss).to(device)
+        )
+    return Stage(
+        index,
+        plan.stages,
+        module,
+        rule,
+        job.optimizer([p for p in module.parameters() if p.requires_grad]),
+        measured,
+        loss=job.loss,
+        schedule=job.schedule or optim.schedule(settings, total),
+        clip=settings.optimizer.clip,
+        seed=settings.train.seed,
+        first_layer=plan.layers_of(index)[0],
+        device=device,
+    )
+
+
+def check_model(model: nn.Module, plan: Plan, index: int) -> None:
+    """Raises HandshakeError if the model built here is not the one that was planned."""
+    names = tuple(name for name, _ in model.named_children())
+    sizes = tuple(sum(p.numel() for p in layer.parameters()) for layer in model.children())
+    for what, here, there in (("layers", names, plan.layers), ("parameters by layer", sizes, plan.parameters)):
+        if here != there:
+            raise HandshakeError(f"stage {index} built another model than stage 0: {what} {here} here, {there} there")
+
+
+def window_of(settings: Config, plan: Plan, index: int) -> Window:
+    """The setting; automatic: up to as many waiting batches as the memory limit holds, one if the rule waits."""
+    if settings.rule.name == "wait" or (settings.pipeline.window == "auto" and index == plan.stages - 1):
+        return Window(1)
+    if settings.pipeline.window != "auto":
+        return Window(settings.pipeline.window)
+    elements = 1
+    for size in plan.edge(index).h:
+        elements *= size
+    return Window(None, limit=min(256, settings.pipeline.memory * 2**20 // max(1, 3 * 4 * elements)))
+
+
+# -- its state ---------------------------------------------------------------------------------------------------
+
+
+def state_of(stage: Stage, plan: Plan) -> StageState:
+    """What the stage is right now, by the whole model's names."""
+    rule = stage.rule
+    predictor: dict[str, Any] = {}
+    learned: dict[str, dict[str, Any]] = {}
+    if rule.predictor is not None and rule.optimizer is not None:
+        predictor = dict(rule.predictor.state_dict())
+        learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
+    return StageState(
+        weights=dict(stage.module.state_dict()),
+        optimizer=checkpoint.optimizer_state(stage.optimizer, dict(stage.module.named_parameters())),
+        boundary=boundary_of(stage, plan),
+        predictor=predictor,
+        predictor_optimizer=learned,
+        counters={"batch": stage.last_batch, "updates": stage.updates},
+    )
+
+
+def load_state(stage: Stage, state: StageState) -> None:
+    """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor."""
+    stage.module.load_state_dict(state.weights)
+    checkpoint.load_optimizer_state(stage.optimizer, dict(stage.module.named_parameters()), state.optimizer)
+    rule = stage.rule
+    if state.predictor and rule.predictor is not None and rule.optimizer is not None:
+        rule.predictor.load_state_dict(state.predictor)
+        checkpoint.load_optimizer_state(
+            rule.optimizer, dict(rule.predictor.named_parameters()), state.predictor_optimizer
+        )
+
+
+def boundary_of(stage: Stage, plan: Plan) -> str:
+    """What a predictor is known by: the stage's last layer. The last stage has none."""
+    return "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]
