@@ -21,7 +21,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from dnipipe.errors import MessageError
+from dnipipe.errors import MessageError, told
 from dnipipe.messages import PROTOCOL, Message
 
 HEADER_LIMIT = 4096  # bytes of the header
@@ -111,7 +111,7 @@ def read_header(frame: Frame) -> Header:
             max_ext_len=0,
         )
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-        raise MessageError(f"header: not msgpack as we write it ({error or type(error).__name__})") from None
+        raise MessageError(f"header: not msgpack as we write it ({told(error)})") from None
     _same_names(header, _HEADER, "header")
     for name, check in _HEADER.items():
         check(header[name], f"header.{name}")
@@ -160,7 +160,8 @@ def _name_of(dtype: torch.dtype, where: str) -> str:
 def _bytes_of(tensor: Tensor) -> Frame:
     if tensor.numel() == 0:
         return b""
-    tensor = tensor.detach().cpu().contiguous()
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():  # each of the calls costs, if it need not
+        tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype in _CASTABLE:
         return tensor.numpy().data.cast("B")  # half the time of the way below, which works for all
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -77,3 +77,10 @@ class MessageError(RunError):
 
 class NonFiniteLoss(RunError):
     """The loss is NaN or infinite."""
+
+
+def told(error: BaseException) -> str:
+    """The line that others are told of an error: ours say it all, of any other the type is part of it."""
+    if isinstance(error, DnipipeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dnipipe.errors import ConfigError, PeerStopped, WaitTimeout
+from dnipipe.errors import ConfigError, PeerStopped, WaitTimeout, told
 from dnipipe.loopback import LOOPBACK
 
 
@@ -72,7 +72,7 @@ class Rendezvous:
         try:
             yield
         except BaseException as error:
-            self.publish(key, f"failed stage {self.rank}: {error or type(error).__name__}")
+            self.publish(key, f"failed stage {self.rank}: {told(error)}")
             raise
 
     def _made(self, key: str, rank: int) -> str:

@@ -37,3 +37,9 @@ def test_the_drawing_is_the_tree() -> None:
 def test_what_can_be_mended_ends_with_two_and_the_rest_with_one() -> None:
     for _, kind in inspect.getmembers(errors, inspect.isclass):
         assert kind.exit_status == (2 if issubclass(kind, errors.UsageError) else 1)
+
+
+def test_others_are_told_the_type_too_unless_the_error_is_ours() -> None:
+    assert errors.told(errors.NonFiniteLoss("the loss is nan at batch 3")) == "the loss is nan at batch 3"
+    assert errors.told(KeyError("h")) == "KeyError: 'h'"
+    assert errors.told(KeyboardInterrupt()) == "KeyboardInterrupt"
