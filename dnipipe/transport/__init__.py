@@ -1,7 +1,7 @@
 """How messages travel between a stage and its two neighbours.
 
 A transport is what one stage holds: it knows at most two sides, the stage before and the stage after.
-Promises, the same for every transport (tests/test_transport.py holds each to them):
+Promises, the same for every transport (tests/transport/test_contract.py holds each to them):
   - messages of one side arrive in the order they were sent, each once, or PeerLost is raised: never a silent gap;
   - what was sent before an orderly close arrives; only then does the side count as lost;
   - no call waits longer than its limit;

@@ -1,0 +1,105 @@
+"""Neighbours for the tests: over every transport (`chain`), or over ZeroMQ's two schemes only (`zeromq`).
+
+a ── next ──────► previous ── b        two neighbours, as chain() makes them
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dnipipe.errors import PeerLost
+from dnipipe.messages import Checkpoint, Message
+from dnipipe.transport import Side, Transport, edge
+from dnipipe.transport.local import pipeline
+from dnipipe.transport.zmq import ZmqTransport
+
+PREVIOUS, NEXT = Side.PREVIOUS, Side.NEXT
+WAIT = 20.0  # seconds; only a failing test waits so long
+
+Make = Callable[..., list[Transport]]
+
+
+class Zmq:
+    """Makes connected ZmqTransports over one scheme; keeps them, to close them all."""
+
+    def __init__(self, scheme: str, folder: Path) -> None:
+        self.scheme, self.folder = scheme, folder
+        self.made: list[ZmqTransport] = []
+        self._names = itertools.count()
+
+    def one(self, run: str = "run", queue: int = 8, timeout: float = WAIT, limit: int = 2**26) -> ZmqTransport:
+        made = ZmqTransport(run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"})
+        self.made.append(made)
+        return made
+
+    def address(self) -> str:
+        return "tcp://127.0.0.1:*" if self.scheme == "tcp" else f"ipc://{self.folder}/{next(self._names)}"
+
+    def chain(self, stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        transports = [self.one(queue=capacity, timeout=timeout) for _ in range(stages)]
+        for before, after in itertools.pairwise(transports):
+            after.connect(before.listen(self.address()))
+        return list(transports)
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(edge.GRACE, "tcp", 0.2)
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def zeromq(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Zmq]:
+    factory = Zmq(request.param, tmp_path)
+    yield factory
+    for transport in factory.made:
+        transport.close()
+    assert list(tmp_path.iterdir()) == []  # no socket file stays
+
+
+@pytest.fixture(params=["local", "ipc", "tcp"])
+def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Make]:
+    """chain(stages, capacity, timeout) -> connected transports."""
+    factory = Zmq(request.param, tmp_path)
+
+    def local(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        return list(pipeline(stages, capacity, timeout))
+
+    yield local if request.param == "local" else factory.chain
+    for transport in factory.made:
+        transport.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def take(transport: Transport, side: Side) -> Message:
+    got = transport.receive([side], WAIT)
+    assert got is not None and got[0] is side
+    return got[1]
+
+
+def batches(transport: Transport, side: Side, count: int) -> list[int]:
+    return [
+        message.batch for message in (take(transport, side) for _ in range(count)) if isinstance(message, Checkpoint)
+    ]
+
+
+def assert_lost(transport: Transport, side: Side, says: str = "closed|gone") -> None:
+    """The neighbour is reported lost, on receive and on send, and stays so."""
+    for _ in range(2):
+        with pytest.raises(PeerLost, match=says):
+            transport.receive([side], WAIT)
+    with pytest.raises(PeerLost, match=says):
+        transport.send(side, Checkpoint(0))
+
+
+def assert_same(one: Message, other: Message) -> None:
+    assert type(one) is type(other)
+    for item in fields(one):
+        a, b = getattr(one, item.name), getattr(other, item.name)
+        assert torch.equal(a, b) and a.dtype == b.dtype and not b.requires_grad if isinstance(a, Tensor) else a == b
