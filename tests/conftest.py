@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe.gradient_rules import GradientRule, LossGradient
-from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Saved
+from dnipipe.messages import Activation, Checkpoint, Evaluation, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.stage import Stage
 
@@ -91,22 +89,3 @@ def blobs(
     for _ in range(batches):
         y = torch.randint(classes, (size,), generator=generator)
         yield centres[y] + 0.5 * torch.randn(size, features, generator=generator), y
-
-
-@pytest.fixture
-def mnist() -> Path:
-    return _data("DNIPIPE_MNIST", "the folder with the four MNIST files")
-
-
-@pytest.fixture
-def text() -> Path:
-    return _data("DNIPIPE_TEXT", "a text file, such as TinyShakespeare's input.txt")
-
-
-def _data(variable: str, what: str) -> Path:
-    if variable not in os.environ:
-        pytest.skip(f"{variable} is not set: it names {what}")
-    return Path(os.environ[variable])
-
-
-__all__ = ["Answer", "Gradient", "Line", "Saved", "blobs", "make_stages"]

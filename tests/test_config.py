@@ -10,6 +10,8 @@ from dnipipe.config import Config, build, default, describe, flat, load, replace
 from dnipipe.errors import CheckpointError, ConfigError
 from dnipipe.folders import check_unused, new_run, newest_run, write_config
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
 
 def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
@@ -135,3 +137,9 @@ def test_every_setting_explains_itself() -> None:
     rows = list(describe())
     assert [name for name, *_ in rows] == [name for name, _ in flat(Config())]
     assert all(kind and help for _, kind, _, help in rows)
+
+
+@pytest.mark.parametrize("name", ["mnist.toml", "lm.toml"])
+def test_the_examples_load(name: str) -> None:
+    settings = load(EXAMPLES / name, ["--data.root", "somewhere"])
+    assert settings.pipeline.stages == 4 and settings.data.root == "somewhere"
