@@ -288,7 +288,7 @@ trained = run.model().eval()
 loss = F.cross_entropy(trained(x), y).item()
 same = abs(loss - summary["eval"]["loss"]) < 1e-5
 train = summary["train"]
-sys.stdout.write(f"after {train['batches']} {train['samples']} {same} {loss < 0.9}\\n")  # in one piece: others write too
+sys.stdout.write(f"after {train['batches']} {train['samples']} {same} {loss < 0.9}\\n")  # in one piece: others write
 """
 
 
