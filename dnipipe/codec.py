@@ -160,7 +160,9 @@ def _name_of(dtype: torch.dtype, where: str) -> str:
 def _bytes_of(tensor: Tensor) -> Frame:
     if tensor.numel() == 0:
         return b""
-    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():  # each of the calls costs, if it need not
+    if (
+        tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous()
+    ):  # each of the calls costs, if it need not
         tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype in _CASTABLE:
         return tensor.numpy().data.cast("B")  # half the time of the way below, which works for all

@@ -128,9 +128,10 @@ class Edge:
 
     def get(self) -> list[zmq.Frame] | None:
         """The frames of a message that is there; their memory is libzmq's own, not a copy. Raises MessageError."""
-        if not int(self.socket.get(zmq.EVENTS)) & READABLE:  # half the cost of trying and catching Again
+        try:
+            frame = self.socket.recv(ONLY, copy=False)
+        except zmq.Again:
             return None
-        frame = self.socket.recv(ONLY, copy=False)
         frames, more = [frame], 0
         while frame.more:
             frame = self.socket.recv(copy=False)

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -109,9 +110,11 @@ class ZmqTransport:
                 f"a {type(message).__name__} holds a tensor of {largest} bytes, the limit is {self.max_message}: "
                 "raise transport.max_message"
             )
-        deadline = time.monotonic() + self.timeout
+        deadline = None
         while not edge.put(frames):
-            self._watch()
+            deadline = deadline or time.monotonic() + self.timeout
+            for each in self._edges.values():
+                each.watch()
             edge.check()
             left = deadline - time.monotonic()
             if left <= 0:
@@ -133,19 +136,23 @@ class ZmqTransport:
         """
         edges = [self._edges[side] for side in sides]
         deadline = time.monotonic() + timeout
+        poller = self._poller(sides)
+        ready = dict(poller.poll(0))  # one call into zmq asks all sockets and monitors
         while not self._was_woken():
             for side, edge in zip(sides, edges, strict=True):
-                message = self._take(edge)
+                message = self._take(edge) if edge.socket in ready else None
                 if message is not None:
                     return side, message
-            self._watch()
+            for edge in self._edges.values():
+                if edge.monitor in ready:
+                    edge.watch()
             for edge in edges:  # after _take: what came before the end has been handed out
                 edge.check()
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             with waiting:
-                self._poll(self._poller(sides), edges, left)
+                ready = self._poll(poller, edges, left)
         return None
 
     def _take(self, edge: Edge) -> Message | None:
@@ -166,11 +173,14 @@ class ZmqTransport:
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
-    def _poll(self, poller: zmq.Poller, edges: Iterable[Edge], seconds: float) -> None:
-        """Sleep until something wanted, or an event of a connection, or a lost edge's grace is over, or the limit."""
+    def _poll(self, poller: zmq.Poller, edges: Iterable[Edge], seconds: float) -> dict[Any, int]:
+        """Sleep until something wanted, or an event of a connection, or a lost edge's grace is over, or the limit.
+
+        Returns what is ready, sockets as they were registered.
+        """
         now = time.monotonic()
         ends = [edge.deadline - now for edge in edges if edge.deadline is not None]
-        poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends]))))
+        return dict(poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends])))))
 
     def _poller(self, sides: Sequence[Side], full: zmq.Socket[bytes] | None = None) -> zmq.Poller:
         """Wakes for messages from `sides`, for room in a full socket, for what the monitors tell, and for `wake`."""
@@ -188,10 +198,6 @@ class ZmqTransport:
             poller.register(self._woken, zmq.POLLIN)
             self._pollers[key] = poller
         return poller
-
-    def _watch(self) -> None:
-        for edge in self._edges.values():
-            edge.watch()
 
     def _was_woken(self) -> bool:
         if not self._alarm:

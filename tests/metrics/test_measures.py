@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from dnipipe.metrics import FOLD
+from dnipipe.metrics.measures import COMPARED
 from tests.metrics.conftest import Time, measured
 
 
+@pytest.fixture
+def each_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnipipe.metrics.measures.COMPARED", 1)
+
+
+@pytest.mark.usefixtures("each_compared")
 def test_cosine_and_norm_ratio_are_those_of_the_whole_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randn(2, 5, 3, 7, generator=generator) for _ in range(4)]
@@ -22,6 +29,7 @@ def test_cosine_and_norm_ratio_are_those_of_the_whole_tensors() -> None:
     assert numbers["norm_ratio"] == pytest.approx(sum(ratios) / 4, rel=1e-5)
 
 
+@pytest.mark.usefixtures("each_compared")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_half_precision_neither_underflows_nor_stops_growing(dtype: torch.dtype) -> None:
     """The square of 1e-5 is zero in float16; a sum of ones stops at 256 in bfloat16."""
@@ -35,6 +43,7 @@ def test_half_precision_neither_underflows_nor_stops_growing(dtype: torch.dtype)
     assert numbers["loss"] == 1
 
 
+@pytest.mark.usefixtures("each_compared")
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_gradient_without_a_likeness_spoils_no_mean(bad: float) -> None:
     """A dead layer sends back zeros, a diverging one NaN: the line is written, and the others' mean is right."""
@@ -63,6 +72,17 @@ def test_without_a_prediction_only_the_staleness_is_known() -> None:
     assert numbers["staleness"] == 5 and "cosine" not in numbers and "norm_ratio" not in numbers
 
 
+def test_one_gradient_in_some_is_compared_the_first_one_too() -> None:
+    metrics, g = measured(), torch.ones(2, 3)
+    for k in range(2 * COMPARED):
+        metrics.received(g if k % COMPARED == 0 else 9 * g, g, k)
+    numbers = metrics.numbers(0, 1)
+    assert numbers["norm_ratio"] == 1 and numbers["staleness"] == (2 * COMPARED - 1) / 2  # of all of them
+    metrics.received(5 * g, g, 0)  # the reading has not moved whose turn it is
+    assert metrics.numbers(0, 1)["norm_ratio"] == 5
+
+
+@pytest.mark.usefixtures("each_compared")
 def test_what_is_measured_holds_no_graph_and_reads_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two readings nothing may turn a tensor into a number: on a GPU that waits for it."""
 
