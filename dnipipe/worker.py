@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from dnipipe.errors import DnipipeError, HandshakeError, PeerError, PeerLost, PeerStopped, RunError, WaitTimeout
+from dnipipe.errors import DnipipeError, HandshakeError, PeerError, PeerLost, PeerStopped, RunError, WaitTimeout, told
 from dnipipe.head import Head
 from dnipipe.messages import Activation, Checkpoint, Evaluation, Gradient, Hello, Message, Report, Saved, Stop
 from dnipipe.metrics import JsonLines, StageMetrics
@@ -61,6 +61,7 @@ class Worker:
         self._next_report = time.monotonic() + report_every
         self._starved: set[int] = set()  # batches for which this stage sat idle
         self._heard = {Side.PREVIOUS: 0, Side.NEXT: 0}  # last batch id that each neighbour spoke of
+        self._neighbours = [Side.NEXT] * (not stage.last) + [Side.PREVIOUS] * (stage.index > 0)
         self._parent = os.getppid()
 
     @property
@@ -79,8 +80,11 @@ class Worker:
                     self.send(out)
             self._finish()
         except BaseException as error:
-            self._tell(self._describe(error))
-            raise
+            cause = self._first_cause(error)
+            self._tell(cause)
+            if cause is error:
+                raise
+            raise cause from error
 
     # -- sending -----------------------------------------------------------------------------------------------
 
@@ -105,15 +109,22 @@ class Worker:
             with self.metrics.clock.span("send"):
                 self.transport.send(Side.PREVIOUS, message)
 
-    def _tell(self, reason: str) -> None:
-        """Best effort: both neighbours learn at once why this stage ends."""
-        for side in self._sides():
+    def _first_cause(self, error: BaseException) -> BaseException:
+        """Of a neighbour that failed, the end of the connection may be noticed before the reason that it sent."""
+        if isinstance(error, PeerLost):
+            for side in self._neighbours:
+                with contextlib.suppress(DnipipeError):
+                    while got := self.transport.receive([side], 0.0):
+                        if isinstance(got[1], Stop) and got[1].reason:
+                            return PeerStopped(got[1].reason)
+        return error
+
+    def _tell(self, error: BaseException) -> None:
+        """Best effort: both neighbours learn at once why this stage ends; the first cause, however far it travels."""
+        reason = str(error) if isinstance(error, PeerStopped) else f"stage {self.index}: {told(error)}"
+        for side in self._neighbours:
             with contextlib.suppress(DnipipeError):
                 self.transport.send(side, Stop(self.stage.last_batch, reason))
-
-    def _describe(self, error: BaseException) -> str:
-        """The first cause, however far it travelled."""
-        return str(error) if isinstance(error, PeerStopped) else f"stage {self.index}: {error or type(error).__name__}"
 
     # -- receiving ---------------------------------------------------------------------------------------------
 
@@ -134,7 +145,7 @@ class Worker:
         sides, idle = self._sides(room), self.metrics.clock.span("idle")
         waits = idle.entered
         with self.metrics.clock.span("receive"):
-            got = self.transport.receive(sides, 0.0 if feeding else self._until_report(), idle)
+            got = self.transport.receive(sides, 0.0 if feeding else self._until_due(), idle)
         if got is None and feeding:
             assert self.head is not None
             fed = self.head.next()
@@ -142,12 +153,18 @@ class Worker:
                 self._waiting_since = None
                 return fed
             with self.metrics.clock.span("receive"):
-                got = self.transport.receive(sides, self._until_report(), idle)
+                got = self.transport.receive(sides, self._until_due(), idle)
         waited = idle.entered > waits
         return self._received(*got, waited, room) if got else None
 
-    def _until_report(self) -> float:
-        return max(0.0, self._next_report - time.monotonic())
+    def _until_due(self) -> float:
+        """Seconds until a report or a limit is: no wait is longer."""
+        due = [self._next_report]
+        if self._waiting_since is not None:
+            due.append(self._waiting_since + self.timeout)
+        if self.interrupted_at is not None:
+            due.append(self.interrupted_at + GRACE)
+        return max(0.0, min(due) - time.monotonic())
 
     def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
         self._waiting_since = None
@@ -159,12 +176,10 @@ class Worker:
             self.window.answered(starved=message.starved, blocked=waited and not room)
         return message
 
-    def _sides(self, room: bool = True) -> list[Side]:
+    def _sides(self, room: bool) -> list[Side]:
         """Where something may come from; the next stage first."""
-        sides = [Side.NEXT] if not self.stage.last else []
-        if self.index > 0 and room and not self.stopping:
-            sides.append(Side.PREVIOUS)
-        return sides
+        closed = not room or self.stopping
+        return [side for side in self._neighbours if not (closed and side is Side.PREVIOUS)]
 
     def _is_final(self, message: Message) -> bool:
         """Final reports are for `_finish`; one may come while this stage still waits for its last gradients."""
@@ -220,7 +235,7 @@ class Worker:
                 raise PeerLost(f"stage {self.index} ends: the process that started it is gone")
         if self._waiting_since is None:
             self._waiting_since = now
-        elif now - self._waiting_since > self.timeout:
+        elif now >= self._waiting_since + self.timeout:
             raise WaitTimeout(self._whom(now - self._waiting_since))
 
     def _hurry(self, now: float) -> None:
@@ -231,7 +246,7 @@ class Worker:
             else:
                 self.transport.send(Side.PREVIOUS, Stop(-1))
         assert self.interrupted_at is not None
-        if now - self.interrupted_at > GRACE:
+        if now >= self.interrupted_at + GRACE:
             raise WaitTimeout(f"not ended {GRACE:g} s after it was asked to: {self._whom(now - self.interrupted_at)}")
 
     def _whom(self, seconds: float) -> str:
@@ -260,9 +275,12 @@ class Worker:
         while waiting:
             got = self.transport.receive(list(waiting), max(0.0, deadline - time.monotonic()))
             if got is None and (time.monotonic() >= deadline or self.interrupted_at is not None):
+                whose = " and ".join(sorted(side.value for side in waiting))
+                if self.interrupted_at is not None:
+                    raise WaitTimeout(f"stage {self.index} was asked to end before its {whose} stage said Hello")
                 raise WaitTimeout(
-                    f"stage {self.index} waited {self.timeout:g} s for the Hello of its "
-                    f"{' and '.join(sorted(side.value for side in waiting))} stage (transport.timeout)"
+                    f"stage {self.index} waited {self.timeout:g} s for the Hello of its {whose} stage "
+                    "(transport.timeout)"
                 )
             if got is not None:
                 side, message = got
