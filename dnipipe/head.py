@@ -115,6 +115,9 @@ class Head:
             return
         ids = self._open[batch] = [-1]  # stays open until the last one is asked
         for number, pair in enumerate(self.task.validation, start=1):
+            if self.interrupted:  # an unfinished evaluation is none
+                del self._open[batch]
+                return
             with self.metrics.clock.span("data"):
                 x, y = check_batch(pair, self.task.classes, number)
             self._asked += 1
