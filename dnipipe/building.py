@@ -38,7 +38,7 @@ class Job:
     optimizer: OptimizerFactory
     task: Callable[[], Task]  # called by stage 0 only
     schedule: Callable[[int], float] | None = None  # None: as the configuration says
-    own_weights: bool = False  # the model's weights are stage 0's, not drawn from train.seed
+    script: bool = False  # a user's own (dnipipe.Run): weights are those of stage 0's model, not the seed's
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------

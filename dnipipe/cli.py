@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from dnipipe.config import Config, describe, load, replace
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
-from dnipipe.folders import check_unused, new_run, newest_run, write_config
-from dnipipe.launcher import is_worker, launch
+from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
+from dnipipe.launcher import launch
+from dnipipe.started import is_worker
 
 NEWEST = "newest"
 
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options, rest)
         return status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except DnipipeError as error:
         if options.debug:
             traceback.print_exc()
@@ -105,6 +109,8 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
         resumed = (
             Path(options.resume) if options.resume != NEWEST else newest_run(Path(load(path, overrides).output.dir))
         )
+    if resumed and (resumed / INITIAL).exists():
+        raise UsageError(f'{resumed} was begun by a script: continue it there, with fit(..., resume="{resumed}")')
     config = load(resumed / "config.toml" if resumed and path is None else path, overrides)
     name = path.stem if path else "default"
     folder = resumed or Path(config.output.run or new_run(Path(config.output.dir), name))

@@ -1,4 +1,4 @@
-"""A run's folder: RUN/{config.toml, summary.json, metrics/stage-K.jsonl, checkpoints/BATCH/, tensorboard/}."""
+"""A run's folder: what lies where, in docs/files.md."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dnipipe.config import Config, flat
 from dnipipe.errors import CheckpointError, ConfigError
+
+INITIAL = "initial.safetensors"  # of a run that a script began: the weights that all its processes start with
 
 
 def new_run(parent: Path, name: str) -> Path:

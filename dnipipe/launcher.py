@@ -21,14 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dnipipe.loopback import LOOPBACK, register
+from dnipipe.started import LAUNCHED
 
-LAUNCHED = "DNIPIPE_LAUNCHED"  # set in the processes that this module starts; its value is for them
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher
-
-
-def is_worker() -> bool:
-    """Whether this process is one of a pipeline, started by torchrun or by `launch`."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = False) -> int:
@@ -38,7 +33,7 @@ def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = F
     asked this process to end.
     """
     if not debug:
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        _hush("torch.distributed.elastic")
     logs = tempfile.mkdtemp(prefix="dnipipe-logs-")
     launching = LaunchConfig(
         min_nodes=1,
@@ -66,6 +61,12 @@ def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = F
     finally:
         shutil.rmtree(logs, ignore_errors=True)
     return 0
+
+
+def _hush(package: str) -> None:
+    """No log lines from a package whose modules' loggers have levels of their own."""
+    for name in [package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -96,10 +97,11 @@ def first_failure(failures: dict[int, ProcessFailure]) -> ProcessFailure:
 
 def failure_line(failure: ProcessFailure) -> str:
     rank = failure.local_rank  # one machine: the rank among all, and the stage
-    if failure.exitcode < 0:
-        cause = f"killed by {signal.Signals(-failure.exitcode).name}"
-    else:
-        cause = _said(failure) or f"ended with status {failure.exitcode}"
+    cause = _said(failure) or (
+        f"killed by {signal.Signals(-failure.exitcode).name}"
+        if failure.exitcode < 0
+        else f"ended with status {failure.exitcode}"
+    )
     return f"first failure: stage {rank} (rank {rank}, pid {failure.pid}): {cause}"
 
 
@@ -112,4 +114,4 @@ def _said(failure: ProcessFailure) -> str:
         return ""
 
 
-__all__ = ["LAUNCHED", "failure_line", "first_failure", "is_worker", "launch"]
+__all__ = ["failure_line", "first_failure", "launch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 
@@ -11,8 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dnipipe.building import Job
 from dnipipe.errors import DnipipeError, PeerLost, PeerStopped
-from dnipipe.launcher import LAUNCHED
 from dnipipe.session import work
+from dnipipe.started import LAUNCHED
 
 
 def guarded(job: Job, resume: bool = False, debug: bool = False) -> int:
@@ -23,7 +24,11 @@ def guarded(job: Job, resume: bool = False, debug: bool = False) -> int:
     try:
         work(job, resume)
         return 0
+    except KeyboardInterrupt:  # before the loop, which ends in order (see Worker.interrupt)
+        return 128 + signal.SIGINT
     except Exception as error:
+        # the launcher ends all when one has ended: not before this one has said why, and with its own status
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         expected = isinstance(error, DnipipeError)
         if debug or not expected:
             traceback.print_exc()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dnipipe.building import Job
 from dnipipe.config import Config
 from dnipipe.data import Task
 from dnipipe.head import Head
@@ -32,11 +33,12 @@ def table(plan: Plan) -> Iterator[str]:
         )
 
 
-def closing(config: Config, task: Task, run: Path, head: Head, summary: dict[str, Any]) -> None:
+def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]) -> None:
     """How it went, where it lies, and what to try next."""
-    train = summary["train"]
+    config, train = job.config, summary["train"]
     if head.interrupted:
-        print(f"stopped at batch {head.batch} of {head.total}; go on with: dnipipe train --resume {run}", flush=True)
+        way = f'fit(..., resume="{run}")' if job.script else f"dnipipe train --resume {run}"
+        print(f"stopped at batch {head.batch} of {head.total}; go on with: {way}", flush=True)
         return
     print(
         f"trained {train['batches']} batches in {train['seconds']:.1f} s: {train['samples_per_second']:.0f} samples/s, "
@@ -47,7 +49,7 @@ def closing(config: Config, task: Task, run: Path, head: Head, summary: dict[str
     if head.sample and not config.output.quiet:
         print(f"sample  (the model's own words, {len(head.sample)} bytes)\n{_indented(head.sample)}")
     print(f"files   {run}: summary.json, metrics/, checkpoints/")
-    if not config.output.quiet:
+    if not config.output.quiet and not job.script:
         print(f"next    dnipipe export {run} -o model.safetensors")
         print(f"        dnipipe train {run / 'config.toml'} --rule.name wait        the same, synchronously")
         print("        dnipipe settings                                     everything that can be set")

@@ -25,9 +25,10 @@ from dnipipe.config import Config, Output, build
 from dnipipe.data import Batches, Task
 from dnipipe.errors import UsageError
 from dnipipe.folders import new_run
-from dnipipe.launcher import LAUNCHED, is_worker, launch
+from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
 from dnipipe.predictors import Loss
+from dnipipe.started import LAUNCHED, is_worker
 
 _fits = 0  # how many fits this script has begun: which one a started process belongs to
 
@@ -121,9 +122,7 @@ class Run:
         from dnipipe.process import guarded
 
         task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
-        job = Job(
-            config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, own_weights=True
-        )
+        job = Job(config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, script=True)
         status = guarded(job, resume)
         if status:
             sys.exit(status)

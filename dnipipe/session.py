@@ -36,7 +36,7 @@ from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
-from dnipipe.folders import check_unused, write_config
+from dnipipe.folders import INITIAL, check_unused, write_config
 from dnipipe.head import Head
 from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
@@ -110,14 +110,14 @@ def work(job: Job, resume: bool = False) -> None:
             worker.run()
     with meeting.together("finished"):  # whoever goes on behind this finds the summary
         if head:
-            _conclude(settings, tasks[0], folder, head)
+            _conclude(job, tasks[0], folder, head)
 
 
 def _build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
     """This process's stage, as it is at the beginning or in the checkpoint."""
     check_settings(shared_settings(job.config), agreed.settings, f"stage {rank}", "stage 0")
     check_model(model, agreed.plan, rank)
-    if job.own_weights and not agreed.start:
+    if job.script and not agreed.start:
         _share_weights(model, Path(agreed.folder), rank)
     stage = build_stage(job, model, agreed.plan, rank, agreed.total, StageMetrics(rank, agreed.plan.stages))
     if agreed.start:
@@ -141,11 +141,12 @@ def _head(settings: Config, task: Task, agreed: Agreement, measured: StageMetric
         head.close()
 
 
-def _conclude(settings: Config, task: Task, folder: Path, head: Head) -> None:
+def _conclude(job: Job, task: Task, folder: Path, head: Head) -> None:
+    settings = job.config
     totals = [head.finals[k] for k in range(settings.pipeline.stages)]
     summary = metrics.summary(settings.rule.name, head.seconds, head.evaluation, totals)
     metrics.write_json(folder / "summary.json", summary)
-    result.closing(settings, task, folder, head, summary)
+    result.closing(job, task, folder, head, summary)
 
 
 # -- what stage 0 decides ----------------------------------------------------------------------------------------
@@ -167,9 +168,10 @@ def _agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agree
             "raise train.batches or train.epochs to go on"
         )
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    write_config(folder, settings)
-    if job.own_weights and not resume:
-        safetensors.torch.save_file(_whole(model), folder / "initial.safetensors")
+    if not job.script:
+        write_config(folder, settings)
+    elif not resume:
+        safetensors.torch.save_file(_whole(model), folder / INITIAL)
     return Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
 
 
@@ -179,7 +181,7 @@ def _whole(model: nn.Module) -> dict[str, Tensor]:
 
 def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
     """A user's script builds the model in every process; the weights that count are those of stage 0."""
-    path = folder / "initial.safetensors"
+    path = folder / INITIAL
     if not path.exists():
         raise DataError(
             f"stage {rank} cannot see {path}, the initial weights: put output.dir on a folder all machines share"

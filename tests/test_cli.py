@@ -52,6 +52,7 @@ def test_check_knows_every_rule(rule: str, capsys: pytest.CaptureFixture[str]) -
         (["check", *words(predictor__name="conv")], "predictor.name = conv needs an activation"),
         (["check", *words(rule__name="local", predictor__name="linear")], "rule.name = local needs a predictor"),
         (["train", "--resume", "/nowhere"], "/nowhere"),
+        (["train", "--resume", "script"], "script was begun by a script: continue it there, with fit(..., resume="),
         (["export", "/nowhere", "-o", "x"], "/nowhere"),
     ],
 )
@@ -63,6 +64,8 @@ def test_a_mistake_is_one_line_and_status_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("script").mkdir()
+    Path("script", "initial.safetensors").touch()
     assert cli.main(arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and len(shown.splitlines()) == 1

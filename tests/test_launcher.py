@@ -18,8 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from dnipipe import process
 from dnipipe.config import Config
 from dnipipe.errors import CheckpointError, ConfigError, NonFiniteLoss, PeerLost, PeerStopped, RunError
-from dnipipe.launcher import LAUNCHED, failure_line, first_failure, is_worker, launch
+from dnipipe.launcher import failure_line, first_failure, launch
 from dnipipe.session import Job
+from dnipipe.started import LAUNCHED, is_worker
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM  # as exit codes
 Fail = Callable[..., ProcessFailure]
@@ -68,6 +69,8 @@ def test_a_failure_is_told_by_stage_pid_and_cause(fail: Fail, tmp_path: Path) ->
     assert failure_line(fail(2, KILLED)) == begins + "killed by SIGKILL"
     assert failure_line(fail(2, 3)) == begins + "ended with status 3"
     assert failure_line(fail(2, 1, "NonFiniteLoss: the loss is nan")) == begins + "NonFiniteLoss: the loss is nan"
+    hurried = fail(2, TERMINATED, "RunError: x")  # it had said why, when the launcher ended it with the others
+    assert failure_line(hurried) == begins + "RunError: x"
     unreadable = fail(2, 1, "RunError: x")
     Path(unreadable.error_file).write_text('{"message": "torn')
     assert failure_line(unreadable) == begins + "ended with status 1"

@@ -34,7 +34,6 @@ def default() -> dict[str, dict[str, Any]]:
         "model": {"layers": 4, "width": 64},
         "data": {"batch": 16, "context": 32, "validation": 0.02},
         "optimizer": {"lr": 4e-3},
-        "pipeline": {"boundaries": (2, 3, 4)},  # a block each: measured cuts differ a little from run to run
         "train": {"batches": 1200},
         "checkpoint": {"every": 600},
     }
