@@ -109,7 +109,11 @@ def _dropout(config: Config) -> dict[str, nn.Module]:
 
 
 def _transformer(config: Config) -> dict[str, nn.Module]:
-    """A decoder with pre-LayerNorm blocks and GPT-2's initial weights: normal, 0.02; less where a residual is added."""
+    """A decoder with pre-LayerNorm blocks. Initial weights: normal, 1/√(features in); less where a residual is added.
+
+    As GPT-2's, but for the constant 0.02, which is right for its width and slow for a small one: after 600 batches of
+    examples/lm.toml by plain backprop, 2.00 nats on the validation part instead of 1.88.
+    """
     model = config.model
     layers: dict[str, nn.Module] = {"embedding": Embedding(model.width, config.data.context, model.dropout)}
     for i in range(1, model.layers + 1):
@@ -119,14 +123,15 @@ def _transformer(config: Config) -> dict[str, nn.Module]:
         layer.apply(_initialise)
         if isinstance(layer, Block):
             for residual in (layer.attention.out, layer.mlp.down):
-                nn.init.normal_(residual.weight, std=0.02 / (2 * model.layers) ** 0.5)
+                nn.init.normal_(residual.weight, std=(2 * model.layers * residual.in_features) ** -0.5)
     return layers
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.1)
     if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)
 
 

@@ -54,28 +54,33 @@ class Rendezvous:
                 text = make()
             self.publish("agreement", f"made {text}")
             return text
-        return self._made("agreement", 0)
+        return self.made("agreement", 0)
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """A step that every stage takes, and none goes beyond before all have. One that fails ends all, at once."""
+    def together(self, what: str, *promised: str) -> Iterator[None]:
+        """A step that every stage takes, and none goes beyond before all have. One that fails ends all, at once.
+
+        promised: keys that this stage publishes on the way, and others wait for with `made`.
+        """
         key = f"{what}/{self.rank}"
-        with self._telling(key):
+        with self._telling(key, *promised):
             yield
         self.publish(key, "made ")
         for rank in range(self.world):
-            self._made(f"{what}/{rank}", rank)
+            self.made(f"{what}/{rank}", rank)
 
     @contextmanager
-    def _telling(self, key: str) -> Iterator[None]:
-        """Whoever waits for `key` learns of a failure instead."""
+    def _telling(self, *keys: str) -> Iterator[None]:
+        """Whoever waits for one of the keys learns of a failure instead."""
         try:
             yield
         except BaseException as error:
-            self.publish(key, f"failed stage {self.rank}: {told(error)}")
+            for key in keys:
+                self.publish(key, f"failed stage {self.rank}: {told(error)}")
             raise
 
-    def _made(self, key: str, rank: int) -> str:
+    def made(self, key: str, rank: int) -> str:
+        """What stage `rank` published as `made TEXT`. Raises PeerStopped if it failed, WaitTimeout after the limit."""
         word, _, text = self.get(key, f"stage {rank}").partition(" ")
         if word == "failed":
             raise PeerStopped(text)

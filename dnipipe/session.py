@@ -37,6 +37,7 @@ from dnipipe.data import Task
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
 from dnipipe.folders import INITIAL, check_unused, write_config
+from dnipipe.greeting import check_settings
 from dnipipe.head import Head
 from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
@@ -46,7 +47,7 @@ from dnipipe.stage import Stage
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
-from dnipipe.worker import Worker, check_settings
+from dnipipe.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def work(job: Job, resume: bool = False) -> None:
     with ExitStack() as stack:
         sockets = socket_folder()
         stack.callback(sockets.cleanup)
-        with meeting.together("built"):
+        with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = _build(job, model, agreed, meeting.rank)
             transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name)))
         folder = Path(agreed.folder)
@@ -209,9 +210,9 @@ def _opened(meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: P
     try:
         if meeting.rank < meeting.world - 1:
             address = meeting.address(settings.transport.scheme, settings.transport.address, sockets)
-            meeting.publish(f"endpoint/{meeting.rank}", transport.listen(address))
+            meeting.publish(f"endpoint/{meeting.rank}", f"made {transport.listen(address)}")
         if meeting.rank > 0:
-            transport.connect(meeting.get(f"endpoint/{meeting.rank - 1}", names[Side.PREVIOUS]))
+            transport.connect(meeting.made(f"endpoint/{meeting.rank - 1}", meeting.rank - 1))
         yield transport
     finally:
         transport.close()

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from dnipipe.errors import DnipipeError, HandshakeError, PeerError, PeerLost, PeerStopped, RunError, WaitTimeout, told
+from dnipipe.errors import DnipipeError, PeerLost, PeerStopped, RunError, WaitTimeout, told
+from dnipipe.greeting import check_hello
 from dnipipe.head import Head
 from dnipipe.messages import Activation, Checkpoint, Evaluation, Gradient, Hello, Message, Report, Saved, Stop
 from dnipipe.metrics import JsonLines, StageMetrics
@@ -290,29 +291,4 @@ class Worker:
                 waiting.remove(side)
 
 
-def check_hello(mine: Hello, theirs: Message, side: Side) -> None:
-    """Raises HandshakeError that names the first field in which the neighbour's Hello does not fit."""
-    if not isinstance(theirs, Hello):
-        raise HandshakeError(f"the {side.value} stage began with a {type(theirs).__name__} instead of a Hello")
-    expected = replace(mine, stage=mine.stage + (1 if side is Side.NEXT else -1))
-    for field in ("protocol", "run", "stages", "stage", "incarnation", "shape", "dtype"):
-        here, there = getattr(expected, field), getattr(theirs, field)
-        if here != there:
-            raise HandshakeError(
-                f"stage {mine.stage} refuses its {side.value} stage: {field} is {there!r} there, {here!r} expected here"
-            )
-    check_settings(mine.settings, theirs.settings, f"stage {mine.stage}", f"stage {theirs.stage}")
-
-
-def check_settings(mine: tuple[str, ...], theirs: tuple[str, ...], me: str, they: str) -> None:
-    """Raises HandshakeError that names the first setting in which two stages differ."""
-    for here, there in zip(mine, theirs, strict=False):
-        if here != there:
-            raise HandshakeError(f"{me} and {they} have different settings: {here} here, {there} there")
-    if len(mine) != len(theirs):
-        raise HandshakeError(
-            f"{me} has {len(mine)} settings and {they} has {len(theirs)}: different versions of dnipipe"
-        )
-
-
-__all__ = ["PeerError", "RunError", "Worker", "check_hello", "check_settings"]
+__all__ = ["Worker"]

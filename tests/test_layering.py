@@ -30,11 +30,12 @@ MAY = {
     "loopback": "",
     "rendezvous": "errors loopback",
     "head": "checkpoint config data display errors messages metrics randomness",
-    "worker": "errors head messages metrics stage transport window",
+    "greeting": "errors messages transport",
+    "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
     "building": "checkpoint config data errors gradient_rules metrics optim predictors split stage window",
-    "session": "building checkpoint config data display errors folders head messages metrics rendezvous result split "
-    "stage transport worker",
+    "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
+    "result split stage transport worker",
     "check": "building messages metrics result split stage",
     "started": "",
     "launcher": "loopback started",

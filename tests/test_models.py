@@ -130,11 +130,11 @@ def test_the_transformer_takes_shorter_inputs() -> None:
 
 
 def test_the_transformer_starts_near_a_uniform_guess() -> None:
-    """Small initial weights: the first loss is that of knowing nothing, ln 256."""
+    """Logits of size one: the first loss is half a nat above that of knowing nothing, ln 256."""
     config = configured("transformer", width=32)
     torch.manual_seed(0)
     x, y = batch_for("transformer")
-    assert models.loss_of(config)(models.build(config)(x), y).item() == pytest.approx(math.log(256), abs=0.1)
+    assert models.loss_of(config)(models.build(config)(x), y).item() == pytest.approx(math.log(256) + 0.5, abs=0.4)
 
 
 def test_the_loss_is_a_mean_over_samples_or_tokens() -> None:

@@ -207,6 +207,17 @@ def test_if_one_fails_all_end_and_name_it(meet: Meet) -> None:
     assert [(type(end), str(end)) for end in (ends[0], ends[2])] == [(PeerStopped, "stage 1: OSError: no room")] * 2
 
 
+def test_who_waits_for_a_promise_learns_of_the_failure(meet: Meet) -> None:
+    def step(one: Rendezvous) -> None:
+        with one.together("built", f"endpoint/{one.rank}"):
+            if one.rank == 0:
+                raise OSError("no address")
+            one.made("endpoint/0", 0)
+
+    ends = all_at_once([meet(k) for k in range(2)], step)
+    assert isinstance(ends[1], PeerStopped) and str(ends[1]) == "stage 0: OSError: no address"
+
+
 def test_steps_have_names_of_their_own(meet: Meet) -> None:
     """Having been built is not having finished."""
 

@@ -96,6 +96,7 @@ class Edge:
         self.name, self.endpoint = name, endpoint
         self.file: Path | None = None  # that listening made
         self.lost = ""
+        self.torn = False  # messages are missing: what comes behind the gap is not handed out
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
         self.sent = self.received = 0  # messages, which is also the number of the next one
         self.last_sent: int | None = None  # batch ids
@@ -154,8 +155,10 @@ class Edge:
     def check_order(self, seq: int) -> None:
         """Raises PeerLost, now and ever after, if message `seq` is not the next one."""
         if seq > self.received:
+            self.torn = True
             self._lose(f"{seq - self.received} messages of {self.name} were lost on the way")
         if seq < self.received:
+            self.torn = True
             self._lose(f"{self.name} was started again, it counts from {seq}")
 
     # -- the connection ----------------------------------------------------------------------------------------

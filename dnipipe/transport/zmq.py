@@ -157,7 +157,7 @@ class ZmqTransport:
 
     def _take(self, edge: Edge) -> Message | None:
         """A message that is there already, if it is this run's."""
-        while not edge.lost:
+        while not edge.torn:
             frames = edge.get()
             if frames is None:
                 break

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dnipipe.errors import PeerLost, WaitTimeout
-from dnipipe.messages import Activation, Answer, Checkpoint, Gradient
+from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Stop
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.zmq import ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Make, assert_lost, assert_same, batches, take
@@ -164,6 +164,18 @@ def test_close_while_the_other_sends(chain: Make) -> None:
         b.close()
         with pytest.raises(PeerLost):
             sending.result(WAIT)
+
+
+def test_last_words_are_heard_after_a_send_found_nobody(chain: Make) -> None:
+    a, b = chain(capacity=4)
+    b.send(PREVIOUS, Stop(3, "why it ends"))
+    b.close()
+    with pytest.raises(PeerLost):
+        for k in range(10**6):
+            a.send(NEXT, Checkpoint(k))
+    message = take(a, NEXT)
+    assert isinstance(message, Stop) and message.reason == "why it ends"
+    assert_lost(a, NEXT)
 
 
 def test_a_lost_side_that_is_not_named_is_no_error(chain: Make) -> None:
