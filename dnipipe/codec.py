@@ -65,10 +65,10 @@ def encode(message: Message, run: str, seq: int) -> list[Frame]:
     kind = type(message).__name__
     fields: dict[str, Any] = {}
     frames: list[Frame] = [b""]
-    for name, check in _TABLES[kind].items():
+    for name, (check, where) in _TABLES[kind].items():
         value = getattr(message, name)
         if check is _tensor and value is not None:
-            fields[name] = [_name_of(value.dtype, f"{kind}.{name}"), tuple(value.shape)]
+            fields[name] = [_name_of(value.dtype, where), tuple(value.shape)]
             frames.append(_bytes_of(value))
         else:
             fields[name] = value
@@ -113,8 +113,8 @@ def read_header(frame: Frame) -> Header:
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
         raise MessageError(f"header: not msgpack as we write it ({told(error)})") from None
     _same_names(header, _HEADER, "header")
-    for name, check in _HEADER.items():
-        check(header[name], f"header.{name}")
+    for name, (check, where) in _HEADER.items():
+        check(header[name], where)
     if header["protocol"] != PROTOCOL:
         raise MessageError(f"header.protocol: {header['protocol']}, this is {PROTOCOL}; run one version of dnipipe")
     if header["seq"] < 0:
@@ -127,11 +127,11 @@ def read_header(frame: Frame) -> Header:
 def read_body(header: Header, frames: Sequence[Frame], limit: int = TENSOR_LIMIT) -> Message:
     """The message of a header and the frames of its tensors (without the header's own)."""
     kind, table, fields = header.type, _TABLES[header.type], header.fields
-    _same_names(fields, table, f"{kind}.fields")
+    _same_names(fields, table, kind)
     values: dict[str, Any] = {}
     used = 0
-    for name, check in table.items():
-        where, value = f"{kind}.{name}", fields[name]
+    for name, (check, where) in table.items():
+        value = fields[name]
         if check is not _tensor:
             values[name] = check(value, where)
         elif value is None and name in _OPTIONAL[kind]:
@@ -255,16 +255,20 @@ _CHECKS: dict[Any, Check] = {
     dict[str, float]: _numbers,
     Tensor: _tensor,
 }
-_HEADER: dict[str, Check] = {
-    "protocol": _whole,
-    "run": _text,
-    "seq": _whole,
-    "type": _text,
-    "fields": _exactly(dict, "a map"),
-}
+Table = dict[str, tuple[Check, str]]  # field -> its check, and what an error calls the field
 
 
-def _same_names(value: Any, table: dict[str, Check], where: str) -> None:
+def _table(kind: str, checks: dict[str, Check]) -> Table:
+    return {name: (check, f"{kind}.{name}") for name, check in checks.items()}
+
+
+_HEADER = _table(
+    "header",
+    {"protocol": _whole, "run": _text, "seq": _whole, "type": _text, "fields": _exactly(dict, "a map")},
+)
+
+
+def _same_names(value: Any, table: Table, where: str) -> None:
     if type(value) is not dict:
         raise MessageError(f"{where}: {_short(value)} is not a map")
     if value.keys() != table.keys():
@@ -297,6 +301,6 @@ _TYPES: dict[str, Any] = {kind.__name__: kind for kind in get_args(Message)}
 _HINTS = {name: get_type_hints(kind) for name, kind in _TYPES.items()}
 _OPTIONAL = {name: {key for key, hint in hints.items() if _is_optional(hint)} for name, hints in _HINTS.items()}
 _TABLES = {
-    name: {key: _CHECKS[get_args(hint)[0] if _is_optional(hint) else hint] for key, hint in hints.items()}
+    name: _table(name, {key: _CHECKS[get_args(hint)[0] if _is_optional(hint) else hint] for key, hint in hints.items()})
     for name, hints in _HINTS.items()
 }

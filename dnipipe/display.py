@@ -93,8 +93,8 @@ class Display:
         if self._live and self._live.is_started:
             self._draw()
             self._live.stop()
-        elif self._live is None and self.batch > self._shown:
-            self._draw()
+        elif self._live is None and self.batch > self._shown and not self.evaluated:
+            self._draw()  # not behind an evaluation, which would count as time spent on the last few batches
         self._live, self.quiet = None, True
 
     # -- drawing -----------------------------------------------------------------------------------------------

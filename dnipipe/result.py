@@ -44,6 +44,9 @@ def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]
         f"trained {train['batches']} batches in {train['seconds']:.1f} s: {train['samples_per_second']:.0f} samples/s, "
         f"{config.pipeline.stages} stages, rule {config.rule.name}"
     )
+    for stage in summary["stage"]:
+        for reason, count in stage["reasons"].items():
+            print(f"skipped {count} batches in stage {stage['index']}: {reason}")
     if head.evaluation:
         print(_evaluated(config, task, *head.evaluation))
     if head.sample and not config.output.quiet:
