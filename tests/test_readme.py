@@ -16,12 +16,9 @@ from dnipipe.config import load
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = [
-    line.strip()
-    for path in TEXTS
-    for line in path.read_text(encoding="utf-8").splitlines()
-    if re.match(r" {4}(dnipipe|torchrun .* dnipipe) train ", line)
-]
+LINES = [line for path in TEXTS for line in path.read_text(encoding="utf-8").splitlines()]
+COMMANDS = [line.strip() for line in LINES if re.match(r" {4,6}(dnipipe|torchrun .* dnipipe) train ", line)]
+ROWS = sorted({settings for line in LINES for settings in re.findall(r"^\|.*\| `(--[^`]+)` \|", line)})
 
 
 @pytest.mark.processes
@@ -44,10 +41,10 @@ def test_the_example_of_ones_own_model(tmp_path: Path) -> None:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(COMMANDS) >= 4
+    assert len(COMMANDS) >= 3 and len(ROWS) >= 3
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"dnipipe train examples/mnist.toml {row}" for row in ROWS)])
 def test_the_settings_of_a_command_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `dnipipe train` in README and docs: its file is there, its settings are known and fit together."""
     monkeypatch.chdir(ROOT)
