@@ -90,7 +90,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         from dnipipe.jobs import job_of
         from dnipipe.process import guarded
 
-        return guarded(job_of(config), options.resume is not None, options.debug)
+        return guarded(job_of(config), options.resume is not None, options.debug)[0]
     if options.resume is None:
         check_unused(folder)
     command = ["-m", "dnipipe", "train", str(write_config(folder, config)), f"--output.run={folder}"]

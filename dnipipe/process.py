@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -16,16 +17,19 @@ from dnipipe.session import work
 from dnipipe.started import LAUNCHED
 
 
-def guarded(job: Job, resume: bool = False, debug: bool = False) -> int:
-    """Run this process's stage. Returns its exit status: 0, 2 for what can be mended, 1 for what cannot."""
+def guarded(job: Job, resume: bool = False, debug: bool = False) -> tuple[int, Path]:
+    """Run this process's stage. Returns its exit status and the run's folder, which stage 0 chose.
+
+    The status: 0, 2 for what can be mended, 1 for what cannot.
+    """
+    folder = Path(job.config.output.run)
     handler = get_error_handler()
     handler.initialize()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        work(job, resume)
-        return 0
+        return 0, work(job, resume)
     except KeyboardInterrupt:  # before the loop, which ends in order (see Worker.interrupt)
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT, folder
     except Exception as error:
         # the launcher ends all when one has ended: not before this one has said why, and with its own status
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -38,7 +42,7 @@ def guarded(job: Job, resume: bool = False, debug: bool = False) -> int:
             handler.record_exception(type(error)(line) if expected else error)
         if LAUNCHED not in os.environ:
             print(f"dnipipe: stage {os.environ.get('RANK', '?')}: {line}", file=sys.stderr, flush=True)
-        return error.exit_status if isinstance(error, DnipipeError) else 1
+        return error.exit_status if isinstance(error, DnipipeError) else 1, folder
 
 
 __all__ = ["guarded"]

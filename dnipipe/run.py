@@ -94,7 +94,7 @@ class Run:
             return self._read(Path(started[_fits - 1]))  # an earlier fit of the same script: it is done
         folder = Path(resume) if resume else Path(started[-1]) if started else _new_folder(self._settings)
         if is_worker():
-            self._work(_config(self._settings, folder, epochs), train, validation, resume is not None)
+            folder = self._work(_config(self._settings, folder, epochs), train, validation, resume is not None)
             if started is not None:
                 sys.exit(0)  # what stands behind fit() is for the launching process
         else:
@@ -117,15 +117,16 @@ class Run:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return summary
 
-    def _work(self, config: Config, train: Batches, validation: Batches | None, resume: bool) -> None:
+    def _work(self, config: Config, train: Batches, validation: Batches | None, resume: bool) -> Path:
         from dnipipe.building import Job  # what a launching process has no use for
         from dnipipe.process import guarded
 
         task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
         job = Job(config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, script=True)
-        status = guarded(job, resume)
+        status, folder = guarded(job, resume)
         if status:
             sys.exit(status)
+        return folder
 
 
 _folders: list[str] = []  # of the runs that this process has launched

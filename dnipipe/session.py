@@ -71,8 +71,11 @@ class Agreement:
         return cls(plan=plan, settings=settings, **values)
 
 
-def work(job: Job, resume: bool = False) -> None:
-    """This process's part in the run: one stage, from start to end. Raises DnipipeError when the run cannot go on."""
+def work(job: Job, resume: bool = False) -> Path:
+    """This process's part in the run: one stage, from start to end. Returns the run's folder, which stage 0 chose.
+
+    Raises DnipipeError when the run cannot go on.
+    """
     settings = job.config
     meeting = Rendezvous(settings.transport.timeout)
     if meeting.world != settings.pipeline.stages:
@@ -112,6 +115,7 @@ def work(job: Job, resume: bool = False) -> None:
     with meeting.together("finished"):  # whoever goes on behind this finds the summary
         if head:
             _conclude(job, tasks[0], folder, head)
+    return folder
 
 
 def _build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:

@@ -171,12 +171,13 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     job = Job(Config(), *[None] * 4)  # type: ignore[arg-type]  # never looked at
 
     def run(error: Exception | None, debug: bool = False) -> tuple[int, Any]:
-        def work(job: Job, resume: bool) -> None:
+        def work(job: Job, resume: bool) -> Path:
             if error is not None:
                 raise error
+            return Path("run")
 
         monkeypatch.setattr(process, "work", work)
-        status = process.guarded(job, debug=debug)
+        status, _ = process.guarded(job, debug=debug)
         return status, json.loads(record.read_text())["message"]["message"] if record.exists() else None
 
     return run

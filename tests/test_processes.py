@@ -290,8 +290,9 @@ def test_stages_of_different_configuration_are_refused(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys, torch, torch.nn as nn, torch.nn.functional as F
+import os, sys, time, torch, torch.nn as nn, torch.nn.functional as F
 import dnipipe
+time.sleep(1.1 * int(os.environ.get("RANK", 0)))  # under torchrun: a new folder's name is another one a second later
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
 x = torch.randn(90, 8); y = x[:, :3].argmax(1)
