@@ -115,3 +115,10 @@ def test_nothing_on_a_socket_or_from_a_file_can_run_code() -> None:
             path
         )
         assert not imports(path) & {"pickle", "cloudpickle", "dill", "shelve", "marshal", "yaml"}, path
+
+
+def test_nothing_polls() -> None:
+    """Every wait is for something that wakes it: nowhere in the package a sleep, in the worker's loop least of all."""
+    for path in PACKAGE.rglob("*.py"):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        assert not {name for name in calls if name.split(".")[-1] == "sleep"}, path
