@@ -21,7 +21,7 @@ from dnipipe.config import Config
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.metrics import StageMetrics
-from dnipipe.optim import OptimizerFactory
+from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.predictors import Loss
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
@@ -111,11 +111,15 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         plan.stages,
         module,
         rule,
-        job.optimizer([p for p in module.parameters() if p.requires_grad]),
+        Descent(
+            job.optimizer([p for p in module.parameters() if p.requires_grad]),
+            job.schedule or optim.schedule(settings, total),
+            settings.optimizer.clip,
+            settings.rule.accumulate,
+            settings.rule.reschedule,
+        ),
         measured,
         loss=job.loss,
-        schedule=job.schedule or optim.schedule(settings, total),
-        clip=settings.optimizer.clip,
         seed=settings.train.seed,
         first_layer=plan.layers_of(index)[0],
         device=device,
@@ -148,7 +152,7 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
 
 def state_of(stage: Stage, plan: Plan) -> StageState:
     """What the stage is right now, by the whole model's names."""
-    rule = stage.rule
+    rule, named = stage.rule, dict(stage.module.named_parameters())
     predictor: dict[str, Any] = {}
     learned: dict[str, dict[str, Any]] = {}
     if rule.predictor is not None and rule.optimizer is not None:
@@ -156,7 +160,8 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
         learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
     return StageState(
         weights=dict(stage.module.state_dict()),
-        optimizer=checkpoint.optimizer_state(stage.optimizer, dict(stage.module.named_parameters())),
+        optimizer=checkpoint.optimizer_state(stage.descent.optimizer, named),
+        gradients={name: p.grad for name, p in named.items() if p.grad is not None},
         boundary=boundary_of(stage, plan),
         predictor=predictor,
         predictor_optimizer=learned,
@@ -167,8 +172,10 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
 def load_state(stage: Stage, state: StageState) -> None:
     """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor."""
     stage.module.load_state_dict(state.weights)
-    checkpoint.load_optimizer_state(stage.optimizer, dict(stage.module.named_parameters()), state.optimizer)
-    rule = stage.rule
+    rule, named = stage.rule, dict(stage.module.named_parameters())
+    checkpoint.load_optimizer_state(stage.descent.optimizer, named, state.optimizer)
+    for name, gradient in state.gradients.items():
+        named[name].grad = gradient.to(named[name].device, copy=True)
     if state.predictor and rule.predictor is not None and rule.optimizer is not None:
         rule.predictor.load_state_dict(state.predictor)
         checkpoint.load_optimizer_state(

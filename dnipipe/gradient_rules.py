@@ -10,7 +10,8 @@ Both answer with a `Use`, or None: nothing to do. Batch ids start at 1. A rule i
     Synthetic, λ > 0    update with ĝ              the predictor learns; send J^T (λ g + (1-λ) ĝ)
       in its warm-up    (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
-    Wait                                           update with g, send J^T g
+    Blend               update with ĝ, send J^T ĝ  the predictor learns; update with w (g - ĝ)
+    Delayed, Wait                                  update with g, send J^T g
     LossGradient        update with ∂loss/∂h, send it back: the last stage                nothing arrives
 """
 
@@ -41,6 +42,7 @@ class GradientRule(ABC):
     """One stage's source of gradients."""
 
     teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
+    again = False  # whether a batch that was applied and answered at once is applied again when its gradient is here
     predictor: Predictor | None = None
     optimizer: torch.optim.Optimizer | None = None  # the predictor's
 
@@ -115,6 +117,35 @@ class Synthetic(_Learner):
         return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
 
 
+class Blend(Synthetic):
+    """Synthetic with λ = 0, and its error mended as soon as it is known: a second, late update with w (g - ĝ).
+
+    Nothing is sent for it: the stage before had its answer at once. A warm-up is Synthetic's, without any blending.
+
+    Args: correction, w; the others are Synthetic's.
+    """
+
+    again = True
+
+    def __init__(
+        self, predictor: Predictor, lr: float, correction: float, warmup: int = 0, warmup_updates: bool = True
+    ) -> None:
+        super().__init__(predictor, lr, 0.0, warmup, warmup_updates)
+        self.correction = correction
+
+    @classmethod
+    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Blend:
+        rule = config.rule
+        return cls(predictor(), config.predictor.lr, rule.correction, rule.warmup, rule.warmup_rule == "wait")
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        use = super().arrived(batch, h, y, g, predicted)
+        if use or g is None:
+            return use  # in its warm-up there is nothing to mend
+        assert predicted is not None
+        return Use(self.correction * (g - predicted), update=True, send=False)
+
+
 class Local(_Learner):
     """The gradient of the predictor's own loss, nothing from below: decoupled greedy learning (arXiv:1901.08164)."""
 
@@ -145,13 +176,16 @@ class Local(_Learner):
         return None
 
 
-class Wait(GradientRule):
-    """No prediction: update when the gradient is here. Exact with one batch in flight, and only then."""
+class Delayed(GradientRule):
+    """No prediction: update when the gradient is here, though other batches' updates lie between (arXiv:1804.10574).
+
+    The forward is run again at the weights of that moment (as in arXiv:1807.04511), so what is stale is g alone.
+    """
 
     teaches = True
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Wait:
+    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Delayed:
         return cls()
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
@@ -159,6 +193,10 @@ class Wait(GradientRule):
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         return None if g is None else Use(g, update=True, send=True)
+
+
+class Wait(Delayed):
+    """Delayed with one batch in flight (`building.window_of`): nothing lies between, so it is exact."""
 
 
 class LossGradient(GradientRule):
@@ -201,8 +239,10 @@ class LossGradient(GradientRule):
         raise AssertionError("no stage follows the last")
 
 
-RULES: dict[str, type[Synthetic] | type[Local] | type[Wait]] = {
+RULES: dict[str, type[Synthetic] | type[Local] | type[Delayed]] = {
     "synthetic": Synthetic,
+    "blend": Blend,
     "local": Local,
+    "delayed": Delayed,
     "wait": Wait,
 }

@@ -1,4 +1,4 @@
-"""Optimizers by name, and learning-rate schedules by batch id: the same on every stage, whenever it gets there."""
+"""Optimizers by name; schedules by batch id, alike on every stage, whenever it gets there; and when a stage steps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def factory(config: Config) -> OptimizerFactory:
         return lambda parameters: torch.optim.SGD(
             parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return lambda parameters: kind(parameters, settings.lr, weight_decay=settings.weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "nadam": torch.optim.NAdam}[settings.name]
+    betas = settings.beta1, 0.999
+    return lambda parameters: kind(parameters, settings.lr, betas, weight_decay=settings.weight_decay)
 
 
 def schedule(config: Config, total: int) -> Schedule:
@@ -41,3 +42,54 @@ def schedule(config: Config, total: int) -> Schedule:
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if kind == "cosine" else 1.0
 
     return factor
+
+
+class Descent:
+    """A stage's optimizer: on which batches it steps, and how far.
+
+    Args:
+        optimizer: of the stage's parameters.
+        schedule: batch id -> factor on its learning rates.
+        clip: largest norm of the gradient; 0 is no limit.
+        accumulate: M, batches whose gradients, averaged, make one update. Ids decide where one ends, so the parameters'
+            grad is all that a checkpoint in the middle of an update has to keep. (A batch skipped there lets what was
+            gathered wait for the next such id.)
+        reschedule: S, batches over which an update that comes τ updates late has its rate multiplied by τ^-(1 - id/S):
+            lr/τ at the start, lr from batch S on (PipeMare, arXiv:1910.05124, T1).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule = lambda batch: 1.0,
+        clip: float = 0.0,
+        accumulate: int = 1,
+        reschedule: int = 0,
+    ) -> None:
+        self.optimizer, self.schedule, self.clip = optimizer, schedule, clip
+        self.accumulate, self.reschedule = accumulate, reschedule
+        self._base_lr = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, batch: int, late: int = 0) -> bool:
+        """Update with what is in the parameters' grad, the batch's own included, unless more is to come: was it done?
+
+        late: how many updates this stage made between the batch's forward and now.
+        """
+        if batch % self.accumulate:
+            return False
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.accumulate > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self.accumulate
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        factor = self.schedule(batch) * self._slowed(batch, late)
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return True
+
+    def _slowed(self, batch: int, late: int) -> float:
+        return float(late ** (batch / self.reschedule - 1.0)) if late > 1 and batch < self.reschedule else 1.0

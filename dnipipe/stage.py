@@ -24,7 +24,7 @@ drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ from dnipipe.errors import MessageError
 from dnipipe.gradient_rules import GradientRule, Use
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
+from dnipipe.optim import Descent
 from dnipipe.predictors import Loss, loss_terms
 from dnipipe.randomness import reseed
 
@@ -60,8 +61,7 @@ class Stage:
         index, stages: k and K.
         module: the layers; parameters keep the whole model's names.
         rule: where the gradient comes from; the loss itself (LossGradient) in the last stage.
-        optimizer: of the module's parameters. schedule: batch id -> factor on its learning rates.
-        clip: largest norm of the stage's gradient; 0 is no limit.
+        descent: the optimizer of the module's parameters, and when it steps.
         loss: of the model, for evaluation; used by the last stage only.
         seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
     """
@@ -72,26 +72,22 @@ class Stage:
         stages: int,
         module: nn.Module,
         rule: GradientRule,
-        optimizer: torch.optim.Optimizer,
+        descent: Descent,
         metrics: StageMetrics,
         *,
         loss: Loss,
-        schedule: Callable[[int], float] = lambda batch: 1.0,
-        clip: float = 0.0,
         seed: int = 0,
         first_layer: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.index, self.stages = index, stages
-        self.module, self.rule, self.optimizer, self.metrics = module, rule, optimizer, metrics
-        self.loss, self.schedule, self.clip = loss, schedule, clip
-        self.seed, self.first_layer, self.device = seed, first_layer, device
+        self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
+        self.loss, self.seed, self.first_layer, self.device = loss, seed, first_layer, device
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
         self.updates = 0
         self.last_batch = 0
-        self._base_lr = [group["lr"] for group in optimizer.param_groups]
 
     @property
     def last(self) -> bool:
@@ -136,7 +132,7 @@ class Stage:
         with self.metrics.clock.span("predictor"):
             use = self.rule.now(batch, out, y)  # 3
         pending = Pending(
-            x=None if use and use.update and use.send else x.detach(),
+            x=None if use and use.update and use.send and not self.rule.again else x.detach(),
             h=out,
             y=y,
             predicted=use.g if use else None,
@@ -157,23 +153,24 @@ class Stage:
         pending = self.pending.pop(batch, None)  # 6
         if pending is None or (g is not None and g.shape != pending.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
+        late = self.updates - pending.updates
         if g is not None:
-            self.metrics.received(pending.predicted, g, self.updates - pending.updates)
+            self.metrics.received(pending.predicted, g, late)
         with self.metrics.clock.span("predictor"):
             use = self.rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
         if use and (use.update or self.index > 0):
             assert pending.x is not None
-            x = pending.x.requires_grad_(self.index > 0)
+            x = pending.x.requires_grad_(self.index > 0 and use.send)
             with self.metrics.clock.span("forward"):
                 h = self._forward_again(batch, x)
-            yield from self._apply(batch, x, h, use)
+            yield from self._apply(batch, x, h, use, late)
         elif g is None and self.rule.teaches:
             yield from self._skip(batch, "no gradient came", answered=pending.answered)
         if batch in self.save_after:
             self.save_after.remove(batch)
             yield Saved(batch, self.index)
 
-    def _apply(self, batch: int, x: Tensor, h: Tensor, use: Use) -> Iterator[Message]:
+    def _apply(self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0) -> Iterator[Message]:
         """Step 4: backpropagate a known gradient; the stage before has its answer before the optimizer steps."""
         with self.metrics.clock.span("backward"):
             if use.update:
@@ -184,17 +181,7 @@ class Stage:
             yield Gradient(batch, x.grad)
         if use.update:
             with self.metrics.clock.span("optimizer"):
-                self._step(batch)
-
-    def _step(self, batch: int) -> None:
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
-        factor = self.schedule(batch)
-        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = lr * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.updates += 1
+                self.updates += self.descent.step(batch, late)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""

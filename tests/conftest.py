@@ -14,10 +14,13 @@ from torch import Tensor
 from dnipipe.gradient_rules import GradientRule, LossGradient
 from dnipipe.messages import Activation, Checkpoint, Evaluation, Message
 from dnipipe.metrics import StageMetrics
+from dnipipe.optim import Descent
 from dnipipe.stage import Stage
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+STEPPING = ("schedule", "clip", "accumulate", "reschedule")  # the options that are Descent's
 
 
 class Line:
@@ -69,14 +72,16 @@ def make_stages(
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     **options: object,
 ) -> list[Stage]:
-    """Stages of these modules; `rule(k)` for all but the last, which has the loss."""
+    """Stages of these modules; `rule(k)` for all but the last, which has the loss. Options: Stage's and Descent's."""
     made, count = [], len(modules)
     teaches = rule(0).teaches if count > 1 else True
     for k, module in enumerate(modules):
         metrics = StageMetrics(k, count)
         own = rule(k) if k < count - 1 else LossGradient(loss, teaches, metrics.loss, bool(options.get("stop", True)))
-        kept = {name: value for name, value in options.items() if name != "stop"}
-        made.append(Stage(k, count, module, own, optimizer(list(module.parameters())), metrics, loss=loss, **kept))  # type: ignore[arg-type]
+        ours = {name: value for name, value in options.items() if name not in ("stop", *STEPPING)}
+        stepping = {name: value for name, value in options.items() if name in STEPPING}
+        descent = Descent(optimizer(list(module.parameters())), **stepping)  # type: ignore[arg-type]
+        made.append(Stage(k, count, module, own, descent, metrics, loss=loss, **ours))  # type: ignore[arg-type]
     return made
 
 

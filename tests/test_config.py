@@ -32,7 +32,10 @@ def test_the_embedded_default_is_valid() -> None:
     [
         (["--rule.nam", "wait"], "unknown setting rule.nam (did you mean rule.name?)"),
         (["--rul.name", "wait"], "unknown section [rul] (did you mean rule?)"),
-        (["--rule.name", "wiat"], "rule.name = 'wiat': expected synthetic | local | wait (did you mean wait?)"),
+        (
+            ["--rule.name", "wiat"],
+            "rule.name = 'wiat': expected synthetic | blend | local | delayed | wait (did you mean wait?)",
+        ),
         (["--train.epochs", "many"], "train.epochs = 'many': expected a whole number"),
         (["--train.epochs", "1.5"], "train.epochs = '1.5': expected a whole number"),
         (["--train.epochs", "0"], "train.epochs = 0: expected at least 1"),
@@ -44,6 +47,19 @@ def test_the_embedded_default_is_valid() -> None:
         (["--pipeline.boundaries", "1,x"], "pipeline.boundaries = '1,x': expected a list of whole numbers"),
         (["--pipeline.boundaries", "1"], "pipeline.boundaries = [1] cuts 2 stages, but pipeline.stages = 4"),
         (["--rule.name", "wait", "--pipeline.window", "4"], "pipeline.window = 4 with rule.name = wait"),
+        (
+            ["--rule.name", "delayed", "--rule.warmup", "9"],
+            "rule.warmup = 9 with rule.name = delayed: it predicts nothing",
+        ),
+        (["--rule.name", "delayed", "--rule.bp_lambda", "1"], "rule.bp_lambda = 1.0 with rule.name = delayed"),
+        (
+            ["--rule.name", "blend", "--rule.bp_lambda", "0.5"],
+            "rule.bp_lambda = 0.5 with rule.name = blend: it answers",
+        ),
+        (["--rule.name", "blend", "--rule.correction", "0"], "rule.correction = 0.0: expected at least 0.001"),
+        (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
+        (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
+        (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),
         (["--model.width", "90"], "model.width = 90 is not a multiple of model.heads = 4"),
         (["--data.evaluate", "test"], "data.evaluate = test: data.name = stdlib has no test set"),
         (["train"], "cannot read 'train': settings are written --section.key value"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnipipe.config import build
 from dnipipe.errors import ConfigError, NonFiniteLoss
-from dnipipe.gradient_rules import RULES, GradientRule, Local, LossGradient, Synthetic, Use, Wait
+from dnipipe.gradient_rules import RULES, Blend, Delayed, GradientRule, Local, LossGradient, Synthetic, Use, Wait
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN, Predictor
 from tests.conftest import Line, make_stages
@@ -85,6 +85,30 @@ def test_synthetic(
     assert rule.teaches
 
 
+@pytest.mark.parametrize(
+    ("settings", "batch", "now", "arrived"),
+    [
+        ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False)),
+        # in its warm-up; the last batch of it, and the first behind it
+        ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
+        ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False)),
+    ],
+    ids=["blend", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
+)
+def test_blend(
+    settings: dict[str, int], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool]
+) -> None:
+    """With w = 1/2; and from a gradient that was not made there is nothing to mend or to learn."""
+    rule = Blend(predictor := Constant(), 0.1, 0.5, **settings)  # type: ignore[arg-type]
+    use = rule.now(batch, H, Y)
+    assert same(use, now) and use is not None
+    assert rule.arrived(batch, H, Y, None, use.g) is None and predictor.taught == []
+    assert same(rule.arrived(batch, H, Y, G, use.g), arrived)
+    assert [torch.equal(lesson, G) for lesson in predictor.taught] == [True]
+    assert rule.teaches and rule.again
+
+
 @pytest.mark.parametrize("settings", [{}, {"bp_lambda": 0.5}, {"warmup": 3}])
 def test_synthetic_learns_nothing_from_a_gradient_that_was_not_made(settings: dict[str, float]) -> None:
     """The batch was skipped further down. A regression has no target then."""
@@ -117,8 +141,8 @@ def test_local_applies_its_own_loss_gradient_and_learns_in_the_same_backward(war
     assert torch.equal(head.weight, moved) and not rule.teaches
 
 
-def test_wait() -> None:
-    rule = Wait()
+@pytest.mark.parametrize("rule", [Delayed(), Wait()])
+def test_delayed_and_wait(rule: GradientRule) -> None:
     assert rule.now(1, H, Y) is None
     assert same(rule.arrived(1, H, Y, G, None), (G, True, True))
     assert rule.arrived(1, H, Y, None, None) is None
@@ -197,7 +221,10 @@ def test_a_rule_has_the_settings_it_was_given() -> None:
     rule = made(name="local", warmup=5)
     assert isinstance(rule, Local)
     assert rule.warmup == 5 and rule.adam.param_groups[0]["lr"] == 0.07
-    assert isinstance(made(name="wait"), Wait)
+    rule = made(name="blend", correction=0.3, warmup=5, warmup_rule="zero")
+    assert isinstance(rule, Blend) and rule.adam.param_groups[0]["lr"] == 0.07
+    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.warmup_updates) == (0.3, 0.0, 5, False)
+    assert type(made(name="wait")) is Wait and type(made(name="delayed")) is Delayed
 
 
 def test_local_needs_a_predictor_with_a_loss_of_its_own() -> None:

@@ -18,7 +18,7 @@ MAY = {
     "predictors": "config errors",
     "gradient_rules": "config errors predictors",
     "randomness": "",
-    "stage": "messages errors gradient_rules predictors metrics randomness",
+    "stage": "messages errors gradient_rules predictors metrics optim randomness",
     "split": "errors predictors",
     "models": "config errors",
     "data": "config errors",

@@ -96,8 +96,44 @@ def test_late_or_not_every_stage_gives_a_batch_the_same_rate() -> None:
     line.run()
     expected = [0.5 * float(Fraction(value)) for value in ("1/3", "1", "3/4", "2/4", "1/4")]
     for stage in stages:
-        assert isinstance(stage.optimizer, Noting)
-        assert stage.optimizer.rates == pytest.approx(expected, abs=1e-15)
+        assert isinstance(stage.descent.optimizer, Noting)
+        assert stage.descent.optimizer.rates == pytest.approx(expected, abs=1e-15)
+
+
+# -- steps ------------------------------------------------------------------------------------------------------
+
+
+def descend(batches: dict[int, tuple[float, int]], **settings: object) -> list[tuple[int, float]]:
+    """{batch: (gradient, updates late)} to [(batch, how far the one weight went)], from a rate of 1/2."""
+    weight = nn.Parameter(torch.tensor(0.0))
+    descent = optim.Descent(torch.optim.SGD([weight], lr=0.5), **settings)  # type: ignore[arg-type]
+    steps = []
+    for batch, (gradient, late) in batches.items():
+        weight.grad = torch.tensor(gradient) + (0.0 if weight.grad is None else weight.grad)
+        before = weight.item()
+        if descent.step(batch, late):
+            steps.append((batch, before - weight.item()))
+            assert weight.grad is None
+    return steps
+
+
+def test_a_step_every_m_batches_by_their_ids_with_the_mean() -> None:
+    gradients = {batch: (float(batch), 0) for batch in range(1, 10)}
+    assert descend(gradients) == [(batch, 0.5 * batch) for batch in range(1, 10)]
+    assert descend(gradients, accumulate=4) == [(4, 1.25), (8, 3.25)]
+    gradients.pop(4)  # skipped: what was gathered waits for the next, and every gradient counts a quarter
+    assert descend(gradients, accumulate=4) == [(8, 0.5 * (1 + 2 + 3 + 5 + 6 + 7 + 8) / 4)]
+    assert descend(gradients, accumulate=4, clip=0.5, schedule=lambda batch: 1 / batch) == [
+        (8, pytest.approx(0.25 / 8, rel=1e-5))
+    ]
+
+
+def test_a_late_step_is_divided_by_its_delay_at_first_and_not_at_last() -> None:
+    """τ^-(1 - batch/100), and one update late is τ = 1: the stage is never less late than that in PipeMare."""
+    late = {1: (2.0, 0), 2: (2.0, 1), 20: (2.0, 4), 50: (2.0, 4), 75: (2.0, 16), 99: (2.0, 4), 100: (2.0, 4)}
+    expected = [1.0, 1.0, 4**-0.8, 0.5, 0.5, 4**-0.01, 1.0]
+    assert [far for _, far in descend(late, reschedule=100)] == pytest.approx(expected, rel=1e-5)
+    assert [far for _, far in descend(late)] == pytest.approx([1.0] * 7)
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------
@@ -106,8 +142,9 @@ def test_late_or_not_every_stage_gives_a_batch_the_same_rate() -> None:
 @pytest.mark.parametrize(
     ("name", "torchs_own"),
     [
-        ("adam", partial(torch.optim.Adam, lr=0.03, weight_decay=0.2)),
-        ("adamw", partial(torch.optim.AdamW, lr=0.03, weight_decay=0.2)),
+        ("adam", partial(torch.optim.Adam, lr=0.03, weight_decay=0.2, betas=(0.8, 0.999))),
+        ("adamw", partial(torch.optim.AdamW, lr=0.03, weight_decay=0.2, betas=(0.8, 0.999))),
+        ("nadam", partial(torch.optim.NAdam, lr=0.03, weight_decay=0.2, betas=(0.8, 0.999))),
         ("sgd", partial(torch.optim.SGD, lr=0.03, weight_decay=0.2, momentum=0.9)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -116,7 +153,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for(
     name: str, torchs_own: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 ) -> None:
     """Two steps of it are two steps of torch's own with those settings."""
-    config = build({"optimizer": {"name": name, "lr": 0.03, "weight_decay": 0.2, "momentum": 0.9}})
+    config = build({"optimizer": {"name": name, "lr": 0.03, "weight_decay": 0.2, "momentum": 0.9, "beta1": 0.8}})
     ours, theirs = (nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(2))
     made, expected = optim.factory(config)([ours]), torchs_own([theirs])
     assert type(made) is type(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe.errors import MessageError, NonFiniteLoss
-from dnipipe.gradient_rules import Local, Synthetic, Wait
+from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Saved
 from dnipipe.predictors import VFBN, Predictor
 from dnipipe.randomness import reseed
@@ -111,12 +112,14 @@ def test_a_stage_sends_its_activation_before_it_learns_and_its_gradient_before_i
     [
         # λ = 0: the middle stage answers at once, from its own guess
         (lambda k: Synthetic(Fixed(), 1e-3), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
+        (lambda k: Blend(Fixed(), 1e-3, 1.0), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
         # λ > 0, warm-up and Wait: it answers when it has been answered
         (lambda k: Synthetic(Fixed(), 1e-3, bp_lambda=0.5), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
         (lambda k: Synthetic(Fixed(), 1e-3, warmup=9), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
         (lambda k: Wait(), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
+        (lambda k: Delayed(), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
     ],
-    ids=["synthetic", "bp-lambda", "warm-up", "wait"],
+    ids=["synthetic", "blend", "bp-lambda", "warm-up", "wait", "delayed"],
 )
 def test_the_messages_of_one_batch(rule: object, expected: str) -> None:
     line = Line(make_stages(layers(), rule, SGD))  # type: ignore[arg-type]
@@ -128,16 +131,24 @@ def test_the_messages_of_one_batch(rule: object, expected: str) -> None:
 # -- proofs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", [Wait, Delayed])
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_wait_equals_plain_autograd_bitwise(cut: int) -> None:
+def test_with_one_batch_in_flight_wait_and_delayed_equal_plain_autograd_bitwise(
+    cut: int, rule: type[GradientRule]
+) -> None:
     parts = {1: [slice(0, 3)], 2: [slice(0, 1), slice(1, 3)], 3: [slice(0, 1), slice(1, 2), slice(2, 3)]}[cut]
     modules = layers()
-    stages = make_stages([nn.Sequential(*modules[part]) for part in parts], lambda k: Wait(), SGD)
+    stages = make_stages([nn.Sequential(*modules[part]) for part in parts], lambda k: rule(), SGD)
     one_at_a_time(Line(stages), 50)
     assert equal(stages, plain(layers(), 50))
 
 
-def test_synthetic_with_an_oracle_equals_plain_autograd() -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [lambda oracle: Synthetic(oracle, 1e-3), lambda oracle: Blend(oracle, 1e-3, 1.0)],
+    ids=["synthetic", "blend"],
+)
+def test_with_an_oracle_synthetic_and_blend_equal_plain_autograd(rule: Callable[[Oracle], GradientRule]) -> None:
     """Proof (c): a predictor that returns the true gradient makes the rule plain backprop.
 
     The stages behind must not have moved yet when the oracle looks, so a batch goes through the line one by one and
@@ -146,7 +157,7 @@ def test_synthetic_with_an_oracle_equals_plain_autograd() -> None:
     modules = [layers()[0], nn.Tanh(), layers()[2]]
     modules[1] = nn.Linear(12, 10)
     twin = copy.deepcopy(modules)
-    stages = make_stages(modules, lambda k: Synthetic(Oracle(modules[k + 1 :]), 1e-3), SGD)
+    stages = make_stages(modules, lambda k: rule(Oracle(modules[k + 1 :])), SGD)
     line = Line(stages)
     one_at_a_time(line, 50)
     model = plain(twin, 50)
@@ -215,7 +226,7 @@ def test_a_forward_that_is_run_again_counts_batch_norm_once_and_drops_the_same()
 def test_learning_rates_follow_the_batch_id_on_every_stage() -> None:
     stages = make_stages(layers(), lambda k: Synthetic(Fixed(0.1), 1e-3), SGD, schedule=lambda batch: 1.0 / batch)
     one_at_a_time(Line(stages), 4)
-    assert [stage.optimizer.param_groups[0]["lr"] for stage in stages] == [0.1 / 4] * 3
+    assert [stage.descent.optimizer.param_groups[0]["lr"] for stage in stages] == [0.1 / 4] * 3
 
 
 def test_a_stage_clips_its_own_gradient() -> None:
@@ -312,7 +323,12 @@ def test_evaluation_leaves_no_trace_and_is_complete() -> None:
 
 
 def test_a_checkpoint_stands_right_behind_the_update_on_its_batch() -> None:
-    for rule in (lambda k: Wait(), lambda k: Synthetic(Fixed(0.1), 1e-3)):
+    for rule in (
+        lambda k: Wait(),
+        lambda k: Delayed(),
+        lambda k: Synthetic(Fixed(0.1), 1e-3),
+        lambda k: Blend(Fixed(0.1), 1e-3, 1.0),  # what was still on its way, to learn and to mend, is not part of it
+    ):
         stages = make_stages(layers(), rule, SGD)  # type: ignore[arg-type]
         line = Line(stages, delay=2)
         cuts: dict[int, int] = {}

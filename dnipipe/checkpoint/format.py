@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from dnipipe.errors import CheckpointError
 
 FORMAT = 1
-SECTIONS = ("weights", "optimizer", "predictor", "predictor_optimizer")
+SECTIONS = ("weights", "gradients", "optimizer", "predictor", "predictor_optimizer")
 
 Number = Union[int, float, bool, None]
 
@@ -32,6 +32,7 @@ class StageState:
     predictor: dict[str, Tensor]
     predictor_optimizer: dict[str, dict[str, Any]]
     counters: dict[str, int | float]
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the weights, where an update is still incomplete
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def parse_part(value: Any) -> Part:
     for key, table in tables.items():
         need(isinstance(table, dict), f"a part's {key} are not a table")
     tensors = {id: _parse_form(id, form) for id, form in tables["tensors"].items()}
+    for id, form in tensors.items():
+        section, _, name = id.partition("/")
+        need(section != "gradients" or tensors.get(f"weights/{name}") == form, f"{id[:80]!r} is no weight's gradient")
     for id, number in tables["numbers"].items():
         need(split_id(id)[2] and type(number) in (int, float, bool, type(None)), f"{id[:80]!r} is not a number")
     for name, count in tables["counters"].items():

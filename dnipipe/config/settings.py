@@ -51,12 +51,21 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Rule:
-    name: Literal["synthetic", "local", "wait"] = setting("synthetic", "where a stage's gradient comes from")
+    name: Literal["synthetic", "blend", "local", "delayed", "wait"] = setting(
+        "synthetic", "where a stage's gradient comes from"
+    )
     bp_lambda: float = setting(
         0.0, "BP(λ): 0 bootstrapped targets, 1 the true gradient travelling from the loss", low=0.0, high=1.0
     )
     warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
     warmup_rule: Literal["wait", "zero"] = setting("wait", "meanwhile: apply the true gradient late, or none at all")
+    correction: float = setting(
+        0.1, "blend: weight of the late update with g - ĝ (on MNIST 0.1 beat 0.3 and 1)", low=1e-3
+    )
+    accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
+    reschedule: int = setting(
+        0, "batches over which an update that is late by n updates goes from lr/n to lr (0: at lr always)", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,11 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["adam", "adamw", "sgd"] = setting("adam", "of every stage")
+    name: Literal["adam", "adamw", "nadam", "sgd"] = setting("adam", "of every stage")
     lr: float = setting(1e-3, "learning rate", low=0.0)
     weight_decay: float = setting(0.0, "weight decay", low=0.0)
     momentum: float = setting(0.0, "of sgd", low=0.0, high=1.0)
+    beta1: float = setting(0.9, "momentum of adam, adamw and nadam", low=0.0, high=0.999)
     clip: float = setting(0.0, "largest norm of a stage's gradient (0: no limit)", low=0.0)
     schedule: Literal["constant", "linear", "cosine"] = setting("constant", "how lr falls over the run, by batch id")
     warmup: int = setting(0, "batches over which lr rises from 0", low=0)
@@ -151,10 +161,25 @@ class Config:
                 f"pipeline.window = {pipeline.window} with rule.name = wait: waiting is exact with one batch in "
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
             )
+        self._check_rule()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
         if self.data.evaluate == "test" and self.data.name != "mnist":
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
+
+    def _check_rule(self) -> None:
+        rule = self.rule
+        if rule.name == "delayed" and rule.warmup:
+            raise ConfigError(
+                f"rule.warmup = {rule.warmup} with rule.name = delayed: it predicts nothing that must warm up; "
+                "leave rule.warmup at 0, or use rule.name = blend"
+            )
+        if rule.name in ("delayed", "blend") and rule.bp_lambda:
+            why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"
+            raise ConfigError(
+                f"rule.bp_lambda = {rule.bp_lambda} with rule.name = {rule.name}: {why}; leave rule.bp_lambda at 0, or "
+                "use rule.name = synthetic"
+            )
 
 
 def flat(config: Config) -> Iterator[tuple[str, Any]]:

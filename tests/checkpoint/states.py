@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True),
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters),  # states of other shapes than the weight's
+    "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01),
     "plain": lambda parameters: torch.optim.SGD(parameters, lr=0.1),  # no state at all
 }
 
@@ -89,6 +90,7 @@ def stage_states(net: nn.Sequential, optimizer: torch.optim.Optimizer, stages: i
                 predictor={} if last else {"weight": torch.randn(3, 2), "bias": torch.randn(3)},
                 predictor_optimizer={} if last else {"weight": {"exp_avg": torch.randn(3, 2), "step": 7}},
                 counters={"batch": batch, "share": 0.1 + k},
+                gradients={name: p.grad for name, p in part.named_parameters() if p.grad is not None},
             )
         )
     return states

@@ -80,6 +80,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "form": lambda content: content["parts"][0]["tensors"].update({"weights/0.w": "float32"}),
     "number": lambda content: content["parts"][0]["numbers"].update({"optimizer/0.w/step": "3"}),
     "number as weight": lambda content: content["parts"][0]["numbers"].update({"weights/0.v": 3}),
+    "gradient": lambda content: content["parts"][0]["tensors"].update({"gradients/0.w": ["float32", [2]]}),
+    "gradient of nothing": lambda content: content["parts"][0]["tensors"].update({"gradients/0.v": ["float32", [3]]}),
     "counter": lambda content: content["parts"][0]["counters"].update(n=[]),
     "weight twice": lambda content: content["parts"][0]["tensors"].update({"weights/1.w": ["float32", [3]]}),
 }

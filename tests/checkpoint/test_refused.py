@@ -23,6 +23,7 @@ from tests.checkpoint.states import small
         ({"weights": {"w": 1.0}}, "weights/w"),
         ({"weights": {"w": torch.ones(1, dtype=torch.complex128)}}, "complex128"),
         ({"optimizer": {"v": {"step": 1}}}, "optimizer state of v"),
+        ({"gradients": {"v": torch.ones(1)}}, "'gradients/v' is no weight's gradient"),
         ({"optimizer": {"w": {"a/b": 1}}}, "a/b"),
         ({"optimizer": {"w": {"kind": "text"}}}, "optimizer/w/kind"),
         ({"counters": {"n": torch.ones(1)}}, "counter 'n'"),

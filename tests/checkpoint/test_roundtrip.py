@@ -95,6 +95,7 @@ def test_a_run_of_four_stages_goes_on_with_fewer(tmp_path: Path, stages: int) ->
         again = found.state_for(state.weights, state.boundary)
         assert plain(again.weights) == plain(state.weights)
         assert plain(again.optimizer) == plain(state.optimizer)
+        assert plain(again.gradients) == plain(state.gradients) and state.gradients
         before = old.get(state.boundary)  # the same boundary brings its predictor; a new one starts anew
         assert plain(again.predictor) == plain(before.predictor if before else {}), k
         assert plain(again.predictor_optimizer) == plain(before.predictor_optimizer if before else {})

@@ -1,0 +1,179 @@
+"""Gradients that come when the stage has long gone on, and updates that several batches make together."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnipipe import checkpoint
+from dnipipe.building import boundary_of, load_state, state_of
+from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
+from dnipipe.messages import Activation
+from dnipipe.predictors import VFBN
+from dnipipe.split import Plan, part, plan
+from dnipipe.stage import Stage
+from tests.conftest import Line, blobs, make_stages
+from tests.test_stage import SGD, Fixed, equal, layers, one_at_a_time, plain
+
+# -- late gradients ----------------------------------------------------------------------------------------------
+
+
+def two() -> list[nn.Module]:
+    first, second, third = layers()
+    return [first, nn.Sequential(second, third)]
+
+
+def fed(stages: list[Stage], batches: int, delay: int) -> list[Stage]:
+    """As fast as they go: each stage takes one batch a round, and a gradient comes `delay` rounds late."""
+    line = Line(stages, delay)
+    line.feed(*(Activation(batch, x, y) for batch, (x, y) in enumerate(blobs(batches), start=1)))
+    line.run()
+    return stages
+
+
+def by_hand(delay: int, batches: int) -> nn.Module:
+    """Two stages: the lower's forward runs at once for the upper, and again when the gradient is to be applied."""
+    lower, upper = two()
+    optimizers = [SGD(lower.parameters()), SGD(upper.parameters())]
+    late: list[tuple[Tensor, Tensor]] = []
+    for x, y in [*blobs(batches), *[(None, None)] * delay]:
+        if x is not None:
+            h = lower(x).detach().requires_grad_()
+            F.cross_entropy(upper(h), y).backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+            late.append((x, h.grad))
+        if x is None or len(late) > delay:
+            x, g = late.pop(0)
+            optimizers[0].zero_grad()
+            statistics = [buffer.clone() for buffer in lower.buffers()]
+            lower(x).backward(g)
+            for buffer, before in zip(lower.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+            optimizers[0].step()
+    return nn.Sequential(lower, upper)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_delayed_updates_with_the_gradient_of_a_batch_long_past(delay: int) -> None:
+    """Batch b's comes when the `delay` batches between have updated the stage; fewer at the start."""
+    stages = fed(make_stages(two(), lambda k: Delayed(), SGD), 10, delay)
+    assert equal(stages, by_hand(delay, 10))
+    assert equal(stages, plain(two(), 10)) is (delay == 0)
+    assert [stage.updates for stage in stages] == [10, 10]
+    assert stages[0].metrics.totals()["staleness"] == sum(min(delay, b) for b in range(10)) / 10
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_blend_with_a_guess_of_nothing_equals_delayed(delay: int) -> None:
+    """Its first update does nothing (plain SGD), and the second has the whole gradient."""
+    blend = fed(make_stages(two(), lambda k: Blend(Fixed(0.0), 1e-3, 1.0), SGD), 10, delay)
+    delayed = fed(make_stages(two(), lambda k: Delayed(), SGD), 10, delay)
+    assert equal(blend, nn.Sequential(*(stage.module for stage in delayed)))
+    assert [stage.updates for stage in blend] == [20, 10]
+
+
+def test_a_late_update_has_a_smaller_rate_until_the_delay_is_known_to_do_no_harm() -> None:
+    """PipeMare: 0.1 τ^-(1 - batch/8), τ the updates that lay between."""
+    stages = make_stages(two(), lambda k: Delayed(), SGD, reschedule=8)
+    rates: list[list[float]] = [[], []]
+    for k, stage in enumerate(stages):
+        stage.descent.optimizer.register_step_pre_hook(
+            lambda optimizer, *_, k=k: rates[k].append(optimizer.param_groups[0]["lr"])
+        )
+    fed(stages, 10, delay=3)
+    late = [0, 1, 2, *[3] * 7]
+    expected = [0.1 / max(1, n) ** max(0.0, 1 - b / 8) for b, n in enumerate(late, start=1)]
+    assert rates[0] == pytest.approx(expected) and rates[1] == [0.1] * 10
+
+
+# -- several batches an update -----------------------------------------------------------------------------------
+
+
+def accumulated(modules: list[nn.Module], batches: int, m: int) -> nn.Module:
+    """One process, plain autograd, the mean of m gradients an update."""
+    model = nn.Sequential(*modules)
+    optimizer = SGD(model.parameters())
+    for batch, (x, y) in enumerate(blobs(batches), start=1):
+        F.cross_entropy(model(x), y).backward()
+        if batch % m == 0:
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= m
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("rule", [Wait, Delayed])
+def test_several_batches_make_one_update_bitwise_as_with_plain_autograd(rule: type[GradientRule]) -> None:
+    stages = make_stages(layers(), lambda k: rule(), SGD, accumulate=3)
+    one_at_a_time(line := Line(stages), 10)
+    assert equal(stages, accumulated(layers(), 10, 3))
+    assert [stage.updates for stage in stages] == [3, 3, 3]
+    assert [word for word in line.log if "Gradient" in word] == [
+        f"{k} Gradient {batch}" for batch in range(1, 11) for k in (2, 1)
+    ]
+
+
+@pytest.mark.parametrize(("m", "most"), [(1, 4), (4, 1), (6, 1)])
+def test_with_a_round_trip_of_m_batches_no_gradient_is_more_than_one_update_late(m: int, most: int) -> None:
+    """PipeDream-2BW (arXiv:2006.09503)."""
+    stages = make_stages(two(), lambda k: Delayed(), SGD, accumulate=m)
+    late: list[int] = []
+    stages[0].metrics.received = lambda predicted, g, updates: late.append(updates)  # type: ignore[method-assign]
+    fed(stages, 24, delay=4)
+    assert len(late) == 24 and max(late) == most
+
+
+def test_every_rule_can_accumulate() -> None:
+    for rule, updates in (
+        (lambda k: Synthetic(Fixed(0.1), 1e-3), [3, 3, 3]),
+        (lambda k: Local(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2), [3, 3, 3]),
+        (lambda k: Blend(Fixed(0.1), 1e-3, 1.0), [6, 6, 3]),  # what was predicted, and what corrects it
+    ):
+        stages = fed(make_stages(layers(), rule, SGD, accumulate=4), 14, delay=2)
+        assert [stage.updates for stage in stages] == updates
+        assert all(stage.in_flight == 0 for stage in stages)
+
+
+@pytest.mark.parametrize("stages", [3, 2])
+@pytest.mark.parametrize("cut", [4, 6, 7])
+def test_a_run_cut_in_the_middle_of_an_update_goes_on_bitwise(tmp_path: Path, cut: int, stages: int) -> None:
+    """Also with another number of stages: the gradients that are there already go by their weights' names."""
+
+    def made(count: int) -> tuple[list[Stage], Plan]:
+        model = nn.Sequential(*layers())
+        planned = plan(model, count, tuple(range(1, count)), *next(blobs(1)), 3)
+        adam = partial(torch.optim.Adam, lr=0.01)
+        return make_stages([part(model, planned, k) for k in range(count)], lambda k: Delayed(), adam, accumulate=4), (
+            planned
+        )
+
+    def trained(line: Line, first: int, last: int) -> None:
+        for batch, (x, y) in list(enumerate(blobs(last), start=1))[first - 1 :]:
+            line.feed(Activation(batch, x, y))
+            line.run()
+
+    uncut, planned = made(3)
+    trained(Line(uncut), 1, cut)
+    for k, stage in enumerate(uncut):
+        state = state_of(stage, planned)
+        assert bool(state.gradients) is (cut != 4)
+        checkpoint.save_part(tmp_path, cut, k, state)
+    checkpoint.complete(tmp_path, cut, 3, {}, keep=1)
+    trained(Line(uncut), cut + 1, 12)
+
+    resumed, planned = made(stages)
+    for stage in resumed:
+        saved = checkpoint.newest(tmp_path).state_for(stage.module.state_dict(), boundary_of(stage, planned))
+        load_state(stage, saved)
+    trained(Line(resumed), cut + 1, 12)
+    assert equal(resumed, nn.Sequential(*(stage.module for stage in uncut)))
+    assert not equal(resumed, nn.Sequential(*layers()))
