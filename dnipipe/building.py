@@ -141,6 +141,8 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
         return Window(1)
     if settings.pipeline.window != "auto":
         return Window(settings.pipeline.window)
+    if settings.transport.kind == "local":
+        return Window(2 * settings.transport.delay + 2)  # what is under way and back, so that nothing holds stage 0 up
     elements = 1
     for size in plan.edge(index).h:
         elements *= size

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config, folder = _configured(options, overrides)
-    if is_worker():
+    if is_worker() or config.transport.kind == "local":
         from dnipipe.jobs import job_of
         from dnipipe.process import guarded
 

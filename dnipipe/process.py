@@ -13,8 +13,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dnipipe.building import Job
 from dnipipe.errors import DnipipeError, PeerLost, PeerStopped
+from dnipipe.laboratory import work as work_here
 from dnipipe.session import work
-from dnipipe.started import LAUNCHED
+from dnipipe.started import LAUNCHED, is_worker
 
 
 def guarded(job: Job, resume: bool = False, debug: bool = False) -> tuple[int, Path]:
@@ -23,25 +24,27 @@ def guarded(job: Job, resume: bool = False, debug: bool = False) -> tuple[int, P
     The status: 0, 2 for what can be mended, 1 for what cannot.
     """
     folder = Path(job.config.output.run)
-    handler = get_error_handler()
-    handler.initialize()
+    handler = get_error_handler() if is_worker() else None
+    if handler:
+        handler.initialize()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        return 0, work(job, resume)
+        return 0, (work_here if job.config.transport.kind == "local" else work)(job, resume)
     except KeyboardInterrupt:  # before the loop, which ends in order (see Worker.interrupt)
         return 128 + signal.SIGINT, folder
     except Exception as error:
-        # the launcher ends all when one has ended: not before this one has said why, and with its own status
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if handler:  # the launcher ends all when one has ended: not before this one has said why, with its own status
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         expected = isinstance(error, DnipipeError)
         if debug or not expected:
             traceback.print_exc()
         line = str(error) if expected else f"{type(error).__name__}: {error}"
-        if not isinstance(error, (PeerLost, PeerStopped)):
+        if handler and not isinstance(error, (PeerLost, PeerStopped)):
             # a stage that lost its neighbour is not the cause, and so leaves no record
             handler.record_exception(type(error)(line) if expected else error)
         if LAUNCHED not in os.environ:
-            print(f"dnipipe: stage {os.environ.get('RANK', '?')}: {line}", file=sys.stderr, flush=True)
+            where = f"stage {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            print(f"dnipipe: {where}{line}", file=sys.stderr, flush=True)
         return error.exit_status if isinstance(error, DnipipeError) else 1, folder
 
 

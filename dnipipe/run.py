@@ -93,13 +93,13 @@ class Run:
         if started is not None and _fits < len(started):
             return self._read(Path(started[_fits - 1]))  # an earlier fit of the same script: it is done
         folder = Path(resume) if resume else Path(started[-1]) if started else _new_folder(self._settings)
-        if is_worker():
-            folder = self._work(_config(self._settings, folder, epochs), train, validation, resume is not None)
+        config = _config(self._settings, folder, epochs)
+        if is_worker() or config.transport.kind == "local":
+            folder = self._work(config, train, validation, resume is not None)
             if started is not None:
                 sys.exit(0)  # what stands behind fit() is for the launching process
         else:
             _folders.append(str(folder))
-            config = _config(self._settings, folder, epochs)
             status = launch(config.pipeline.stages, _own_command(), json.dumps(_folders))
             if status:
                 sys.exit(status)

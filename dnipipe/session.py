@@ -86,39 +86,26 @@ def work(job: Job, resume: bool = False) -> Path:
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
-    agreed = Agreement.from_json(meeting.agree(lambda: _agree(job, model, tasks, resume).to_json()))
+    agreed = Agreement.from_json(meeting.agree(lambda: agree(job, model, tasks, resume).to_json()))
     with ExitStack() as stack:
         sockets = socket_folder()
         stack.callback(sockets.cleanup)
         with meeting.together("built", f"endpoint/{meeting.rank}"):
-            stage = _build(job, model, agreed, meeting.rank)
+            stage = build(job, model, agreed, meeting.rank)
             transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name)))
-        folder = Path(agreed.folder)
-        log = JsonLines(folder / "metrics" / f"stage-{meeting.rank}.jsonl")
-        stack.callback(log.close)
-        head = stack.enter_context(_head(settings, tasks[0], agreed, stage.metrics)) if tasks else None
-        worker = Worker(
-            stage,
-            transport,
-            window_of(settings, agreed.plan, meeting.rank),
-            stage.metrics,
-            log,
-            lambda batch: checkpoint.save_part(folder, batch, meeting.rank, state_of(stage, agreed.plan)),
-            timeout=settings.transport.timeout,
-            report_every=settings.output.every,
-            head=head,
-        )
-        with _interruptible(worker):
+        head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
+        worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
+        with interruptible(worker):
             worker.greet(_hellos(meeting, settings, agreed))
             sockets.cleanup()  # the neighbours are connected: nobody else can be, and a killed process leaves no file
             worker.run()
     with meeting.together("finished"):  # whoever goes on behind this finds the summary
         if head:
-            _conclude(job, tasks[0], folder, head)
-    return folder
+            conclude(job, tasks[0], agreed, head)
+    return Path(agreed.folder)
 
 
-def _build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
+def build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
     """This process's stage, as it is at the beginning or in the checkpoint."""
     check_settings(shared_settings(job.config), agreed.settings, f"stage {rank}", "stage 0")
     check_model(model, agreed.plan, rank)
@@ -134,7 +121,30 @@ def _build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
 
 
 @contextmanager
-def _head(settings: Config, task: Task, agreed: Agreement, measured: StageMetrics) -> Iterator[Head]:
+def worker_of(
+    settings: Config, agreed: Agreement, stage: Stage, transport: Transport, head: Head | None
+) -> Iterator[Worker]:
+    """The loop of one stage, with what it writes."""
+    folder, plan = Path(agreed.folder), agreed.plan
+    log = JsonLines(folder / "metrics" / f"stage-{stage.index}.jsonl")
+    try:
+        yield Worker(
+            stage,
+            transport,
+            window_of(settings, plan, stage.index),
+            stage.metrics,
+            log,
+            lambda batch: checkpoint.save_part(folder, batch, stage.index, state_of(stage, plan)),
+            timeout=settings.transport.timeout,
+            report_every=settings.output.every,
+            head=head,
+        )
+    finally:
+        log.close()
+
+
+@contextmanager
+def head_of(settings: Config, task: Task, agreed: Agreement, measured: StageMetrics) -> Iterator[Head]:
     """Stage 0's script and display, which begins with what will be trained."""
     display = Display(agreed.plan.stages, agreed.total, agreed.start, quiet=settings.output.quiet)
     head = Head(settings, task, Path(agreed.folder), measured, display, agreed.start, agreed.total)
@@ -146,8 +156,9 @@ def _head(settings: Config, task: Task, agreed: Agreement, measured: StageMetric
         head.close()
 
 
-def _conclude(job: Job, task: Task, folder: Path, head: Head) -> None:
-    settings = job.config
+def conclude(job: Job, task: Task, agreed: Agreement, head: Head) -> None:
+    """The summary, on disk and for a person."""
+    settings, folder = job.config, Path(agreed.folder)
     totals = [head.finals[k] for k in range(settings.pipeline.stages)]
     summary = metrics.summary(settings.rule.name, head.seconds, head.evaluation, totals)
     metrics.write_json(folder / "summary.json", summary)
@@ -157,7 +168,8 @@ def _conclude(job: Job, task: Task, folder: Path, head: Head) -> None:
 # -- what stage 0 decides ----------------------------------------------------------------------------------------
 
 
-def _agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreement:
+def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreement:
+    """What stage 0 decides; its data, which only it has, goes into `tasks`. Makes the run's folder."""
     settings, task = job.config, job.task()
     x, y = first_batch(task)
     plan = plan_for(settings, model, x, y, task.classes)
@@ -242,7 +254,7 @@ def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Si
 
 
 @contextmanager
-def _interruptible(worker: Worker) -> Iterator[None]:
+def interruptible(worker: Worker) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the run to end in order; the handlers before come back afterwards."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: worker.interrupt()) for number in signals}

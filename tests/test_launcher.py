@@ -165,6 +165,7 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     record = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(record))
     monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv(LAUNCHED, raising=False)
     monkeypatch.setattr("faulthandler.enable", lambda **_: None)  # it is pytest's here

@@ -112,6 +112,10 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class TransportSettings:
+    kind: Literal["zmq", "local"] = setting(
+        "zmq", "zmq: a process a stage; local: all stages in one process, taking turns, the same each time"
+    )
+    delay: int = setting(0, "local: batches that a message is under way on each hop", low=0)
     scheme: Literal["auto", "ipc", "tcp"] = setting("auto", "auto: ipc on one machine, tcp between machines")
     address: str = setting("", "this machine's address for tcp (empty: the one that reaches the master)", local=True)
     timeout: float = setting(120.0, "longest wait for a neighbour, seconds", low=0.1)
@@ -164,6 +168,11 @@ class Config:
         self._check_rule()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
+        if self.transport.delay and self.transport.kind != "local":
+            raise ConfigError(
+                f"transport.delay = {self.transport.delay} with transport.kind = {self.transport.kind}: a real link "
+                "has a delay of its own; use transport.kind = local"
+            )
         if self.data.evaluate == "test" and self.data.name != "mnist":
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
 

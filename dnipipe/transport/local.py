@@ -54,7 +54,7 @@ class LocalTransport:
                 )
             if peer._closed:
                 raise PeerLost(f"stage {peer.index}, the {side.value} of stage {self.index}, has closed")
-            queue.append(_detached(message))
+            queue.append(detached(message))
             self._changed.notify_all()
 
     def receive(
@@ -97,7 +97,7 @@ class LocalTransport:
             self._changed.notify_all()
 
 
-def _detached(message: Message) -> Message:
+def detached(message: Message) -> Message:
     changes: dict[str, Any] = {
         name: value.detach()
         for name, value in vars(message).items()

@@ -17,6 +17,7 @@ from torch import Tensor
 from dnipipe.errors import PeerLost
 from dnipipe.messages import Checkpoint, Message
 from dnipipe.transport import Side, Transport, edge
+from dnipipe.transport.laboratory import Laboratory
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
 
@@ -63,7 +64,7 @@ def zeromq(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) ->
     assert list(tmp_path.iterdir()) == []  # no socket file stays
 
 
-@pytest.fixture(params=["local", "ipc", "tcp"])
+@pytest.fixture(params=["local", "laboratory", "ipc", "tcp"])
 def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Make]:
     """chain(stages, capacity, timeout) -> connected transports."""
     factory = Zmq(request.param, tmp_path)
@@ -71,7 +72,10 @@ def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> 
     def local(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
         return list(pipeline(stages, capacity, timeout))
 
-    yield local if request.param == "local" else factory.chain
+    def laboratory(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        return list(Laboratory(stages, capacity=capacity, timeout=timeout).transports)
+
+    yield {"local": local, "laboratory": laboratory}.get(request.param, factory.chain)
     for transport in factory.made:
         transport.close()
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+"""All stages in one process, on a link with an exact delay: repeatable, exact, and the same code as over the wire.
+
+tick             1   2   3   4   5   6          delay 2: what stage 0 sends at tick 1 is with stage 1 at 3,
+stage 0  draws   1   2   3   4   5   6          whose answer is back at 5, when stage 0 has stepped on 1 … 4
+stage 1          .   .   1   2   3   4
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import dnipipe
+from dnipipe import checkpoint, cli
+from tests.test_processes import plain, same
+
+SMALL = {
+    "transport.kind": "local",
+    "data.limit": 40_000,
+    "data.batch": 8,
+    "data.context": 16,
+    "data.validation": 0.05,
+    "model.width": 16,
+    "model.heads": 2,
+    "train.batches": 50,
+    "eval.sample": 5,
+    "checkpoint.every": 0,
+    "output.quiet": True,
+}
+
+
+def train(run: Path, *arguments: str, **settings: object) -> dict[str, Any]:
+    named = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+    assert cli.main(["train", *arguments, f"--output.run={run}", *(f"--{k}={v}" for k, v in named.items())]) == 0
+    told: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return told
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Any:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_run_repeats_bitwise(tmp_path: Path, delay: int) -> None:
+    settings = {"transport__delay": delay, "model__dropout": 0.1, "eval__every": 20, "output__every": 0.05}
+    told = [train(tmp_path / name, **settings) for name in "ab"]
+    assert same(*(checkpoint.weights(tmp_path / name) for name in "ab"))
+    assert told[0]["eval"] == told[1]["eval"]
+    kept = [[stage[key] or 0 for key in ("cosine", "norm_ratio", "staleness")] for a in told for stage in a["stage"]]
+    # sums are cut where a line of metrics is written, which is a matter of time: their last bits may differ
+    assert torch.allclose(torch.tensor(kept[:4]), torch.tensor(kept[4:]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 4])
+def test_a_gradient_is_late_by_there_and_back(tmp_path: Path, delay: int) -> None:
+    """After the updates of its own batch and of those drawn until it came: 2·delay. The last batches lack followers."""
+    log = tmp_path / "run" / "metrics" / "stage-{}.jsonl"
+    train(tmp_path / "run", transport__delay=delay, output__every=1000)
+    for k in range(3):
+        (line,) = map(json.loads, Path(str(log).format(k)).read_text().splitlines())
+        missing = sum(range(1, 2 * delay))  # updates that batches 50, 49, … would have seen, had there been more
+        assert line["staleness"] == pytest.approx(max(1, 2 * delay) - missing / 50)
+
+
+@pytest.mark.parametrize(("stages", "delay"), [(1, 0), (2, 5), (4, 0)])
+def test_waiting_is_plain_autograd_whatever_the_delay(tmp_path: Path, stages: int, delay: int) -> None:
+    settings = {"rule__name": "wait", "pipeline__stages": stages}
+    train(tmp_path / "run", transport__delay=delay, **settings)
+    shared = {key.replace(".", "__"): value for key, value in SMALL.items() if not key.startswith("transport")}
+    assert same(checkpoint.weights(tmp_path / "run"), plain(50, **{**shared, **settings}))
+
+
+def test_a_run_is_cut_and_resumed(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole, rule__name="wait")
+    train(cut, rule__name="wait", train__batches=20)
+    train(cut, "--resume", str(cut), rule__name="wait", pipeline__stages=2)
+    assert same(checkpoint.weights(whole), checkpoint.weights(cut))
+
+
+class Failing(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if threading.current_thread().name == "stage 2" and self.training:
+            raise ArithmeticError("no more")
+        return super().forward(input)
+
+
+def a_run(folder: Path, *layers: nn.Module) -> dnipipe.Run:
+    return dnipipe.Run(
+        nn.Sequential(*layers),
+        stages=[1, 2],
+        loss=F.cross_entropy,
+        optimizer=lambda p: torch.optim.Adam(p, 1e-2),
+        transport={"kind": "local"},
+        output={"dir": str(folder), "quiet": True},
+    )
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    x = torch.randn(96, 8)
+    return list(zip(x.split(32), x[:, :3].argmax(1).split(32), strict=True))
+
+
+def test_ones_own_model_in_a_session_without_a_script(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    run = a_run(tmp_path, nn.Linear(8, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 16)), nn.Linear(16, 3))
+    told = run.fit(batches(), batches(), epochs=30)
+    assert told["eval"]["accuracy"] > 0.8 and told["train"]["batches"] == 90
+    trained = run.model().eval()
+    loss = sum(F.cross_entropy(trained(x), y).item() for x, y in batches()) / 3
+    assert loss == pytest.approx(told["eval"]["loss"], rel=1e-5)
+
+
+def test_a_stage_that_fails_is_the_reason_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path, nn.Linear(8, 16), nn.Linear(16, 16), Failing(16, 3))
+    with pytest.raises(SystemExit) as end:
+        run.fit(batches())
+    assert end.value.code == 1
+    assert "ArithmeticError: no more" in capsys.readouterr().err
+
+
+def test_it_is_not_for_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("faulthandler.enable", lambda **_: None)  # it is pytest's here
+    assert cli.main(["train", "--transport.kind=local", "--output.run=x"]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+def test_a_delay_needs_the_laboratory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--transport.delay=3"]) == 2
+    assert "a real link has a delay of its own; use transport.kind = local" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_an_interrupt_ends_it_in_order(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**SMALL, "train.batches": 10**6, "output.quiet": False, "output.every": 0.1}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dnipipe", "train", f"--output.run={run}", *(f"--{k}={v}" for k, v in settings.items())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("batch "):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 0, err
+    assert "stopped at batch" in out and err == ""
+    assert checkpoint.newest(run).batch >= 1
