@@ -157,7 +157,7 @@ class Display:
     def _line(self) -> str:
         """One plain line: the whole, and then the stages side by side."""
         numbers = [self.reports[k].numbers if k in self.reports else {} for k in range(self.stages)]
-        cosines = " ".join(_number(each.get("cosine"), ".2f") for each in numbers)
+        cosines = " ".join(map(_cosine, numbers))
         idle = " ".join(_percent(each.get("idle")) for each in numbers)
         pace = f"batch {self.batch}/{self.total}   {self._pace()}   {self.left()} left"
         return f"{pace} | cosine {cosines}   idle % {idle}"
@@ -168,7 +168,7 @@ def _cells(report: Report) -> list[str]:
     return [
         str(report.batch),
         _number(numbers.get("samples_per_second"), ".0f"),
-        _number(numbers.get("cosine"), ".2f"),
+        _cosine(numbers),
         _number(numbers.get("norm_ratio"), ".2f"),
         _number(numbers.get("staleness"), ".1f"),
         f"{numbers.get('in_flight', 0):.0f} of {numbers.get('window', 0):.0f}",
@@ -178,6 +178,12 @@ def _cells(report: Report) -> list[str]:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _cosine(numbers: dict[str, float]) -> str:
+    """In brackets while most predictions are not used: in a warm-up, or not trusted."""
+    shown = _number(numbers.get("cosine"), ".2f")
+    return f"({shown})" if shown != "-" and numbers.get("at_once", 1.0) < 0.5 else shown
 
 
 def _percent(share: float | None) -> str:

@@ -8,7 +8,7 @@ Both answer with a `Use`, or None: nothing to do. Batch ids start at 1. A rule i
                         now                        arrived
     Synthetic, λ = 0    update with ĝ, send J^T ĝ  the predictor learns
     Synthetic, λ > 0    update with ĝ              the predictor learns; send J^T (λ g + (1-λ) ĝ)
-      in its warm-up    (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
+      not trusted       (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
     Blend               update with ĝ, send J^T ĝ  the predictor learns; update with w (g - ĝ)
     Delayed, Wait                                  update with g, send J^T g
@@ -27,6 +27,7 @@ from torch import Tensor
 from dnipipe.config import Config
 from dnipipe.errors import ConfigError, NonFiniteLoss
 from dnipipe.predictors import VFBN, Loss, Predictor, loss_terms
+from dnipipe.trust import Trust
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,38 +83,53 @@ class Synthetic(_Learner):
     Args:
         bp_lambda: λ of BP(λ), the paper's appendix A.2. What the stage before is taught is J^T ḡ with
             ḡ = λ g + (1-λ) ĝ, and g itself such a mixture from further down. 0 needs no second backward.
-        warmup: batches during which the prediction is measured but not used; true gradients travel all the way.
+        warmup: batches during which the prediction is not trusted: it is measured but not used, and true gradients
+            travel all the way.
         warmup_updates: whether the stage then updates, late, with the gradient that arrived, or not at all.
+        trust: cosine with what arrives below which the prediction is not trusted either; -1 trusts it always.
     """
 
     teaches = True
 
     def __init__(
-        self, predictor: Predictor, lr: float, bp_lambda: float = 0.0, warmup: int = 0, warmup_updates: bool = True
+        self,
+        predictor: Predictor,
+        lr: float,
+        bp_lambda: float = 0.0,
+        warmup: int = 0,
+        warmup_updates: bool = True,
+        trust: float = -1.0,
     ) -> None:
         super().__init__(predictor, lr)
         self.bp_lambda = bp_lambda
         self.warmup = warmup
         self.warmup_updates = warmup_updates
+        self.trust = Trust(trust)
+        self._unused: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
 
     @classmethod
     def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Synthetic:
-        rule = config.rule
-        return cls(predictor(), config.predictor.lr, rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait")
+        rule, lr = config.rule, config.predictor.lr
+        return cls(predictor(), lr, rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait", rule.trust)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
-        trusted = batch > self.warmup
+        trusted = batch > self.warmup and self.trust.good
+        if not trusted:
+            self._unused.add(batch)
         return Use(self.guess.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         self.learn(h, y, g)
+        unused = batch in self._unused
+        self._unused.discard(batch)
         if g is None:
             return None
-        if batch <= self.warmup:
+        assert predicted is not None
+        self.trust.observe(predicted, g)
+        if unused:
             return Use(g, update=self.warmup_updates, send=True)
         if self.bp_lambda == 0:
             return None
-        assert predicted is not None
         return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
 
 
@@ -130,20 +146,26 @@ class Blend(Synthetic):
     again = True
 
     def __init__(
-        self, predictor: Predictor, lr: float, correction: float, warmup: int = 0, warmup_updates: bool = True
+        self,
+        predictor: Predictor,
+        lr: float,
+        correction: float,
+        warmup: int = 0,
+        warmup_updates: bool = True,
+        trust: float = -1.0,
     ) -> None:
-        super().__init__(predictor, lr, 0.0, warmup, warmup_updates)
+        super().__init__(predictor, lr, 0.0, warmup, warmup_updates, trust)
         self.correction = correction
 
     @classmethod
     def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Blend:
-        rule = config.rule
-        return cls(predictor(), config.predictor.lr, rule.correction, rule.warmup, rule.warmup_rule == "wait")
+        rule, lr = config.rule, config.predictor.lr
+        return cls(predictor(), lr, rule.correction, rule.warmup, rule.warmup_rule == "wait", rule.trust)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         use = super().arrived(batch, h, y, g, predicted)
         if use or g is None:
-            return use  # in its warm-up there is nothing to mend
+            return use  # what was not used needs no mending
         assert predicted is not None
         return Use(self.correction * (g - predicted), update=True, send=False)
 

@@ -146,7 +146,7 @@ class Stage:
             self.pending[batch] = pending  # 5
         elif use is None:
             yield from self._skip(batch, "loss not finite")
-        self.metrics.trained(batch, y.shape[0])
+        self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
         batch, g = message.batch, message.g if message.g is None else message.g.to(self.device)

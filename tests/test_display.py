@@ -240,3 +240,10 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     screen = Screen(force_terminal=True)
     screen.report(50, after=10)
     assert len(screen.lines) == 1 and screen.lines[0].startswith("batch 50/100")
+
+
+def test_a_prediction_that_is_not_used_stands_in_brackets() -> None:
+    for at_once, shown in ((1.0, "cosine 0.71 -"), (0.2, "cosine (0.71) -")):
+        screen = Screen(stages=2)
+        screen.report(50, after=60, at_once=at_once)
+        assert any(shown in line for line in screen.lines), screen.lines

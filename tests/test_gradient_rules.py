@@ -19,6 +19,7 @@ from dnipipe.errors import ConfigError, NonFiniteLoss
 from dnipipe.gradient_rules import RULES, Blend, Delayed, GradientRule, Local, LossGradient, Synthetic, Use, Wait
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN, Predictor
+from dnipipe.trust import READ
 from tests.conftest import Line, make_stages
 
 H, Y, G = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [-1.0, 8.0]])
@@ -55,6 +56,20 @@ def same(found: Use | None, expected: tuple[Tensor, bool, bool] | None) -> bool:
 # -- the table ---------------------------------------------------------------------------------------------------
 
 UNTRUSTED = (GUESS, False, False)  # only measured
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
+    """As in a warm-up, batch by batch: what was asked before trust was lost is finished as it was begun."""
+    rule = Synthetic(Constant(), 0.1, warmup_updates=wait, trust=0.5)
+    for batch in range(1, 1 + READ):
+        use = rule.now(batch, H, Y)
+        assert use is not None and use.update and use.send
+        assert rule.arrived(batch, H, Y, -use.g, use.g) is None  # the opposite of what was predicted
+    use = rule.now(9, H, Y)
+    assert use is not None and not use.update and not use.send
+    rule.trust.good = True
+    assert same(rule.arrived(9, H, Y, G, use.g), (G, wait, True))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +119,7 @@ def test_blend(
     use = rule.now(batch, H, Y)
     assert same(use, now) and use is not None
     assert rule.arrived(batch, H, Y, None, use.g) is None and predictor.taught == []
+    assert same(rule.now(batch, H, Y), now)
     assert same(rule.arrived(batch, H, Y, G, use.g), arrived)
     assert [torch.equal(lesson, G) for lesson in predictor.taught] == [True]
     assert rule.teaches and rule.again

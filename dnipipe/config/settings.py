@@ -59,6 +59,13 @@ class Rule:
     )
     warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
     warmup_rule: Literal["wait", "zero"] = setting("wait", "meanwhile: apply the true gradient late, or none at all")
+    trust: float = setting(
+        -1.0,
+        "cosine with what arrives below which a prediction is not used, until it is above again (-1: used always); "
+        "rule.warmup_rule says what is done meanwhile",
+        low=-1.0,
+        high=1.0,
+    )
     correction: float = setting(
         0.1, "blend: weight of the late update with g - ĝ (on MNIST 0.1 beat 0.3 and 1)", low=1e-3
     )
@@ -182,6 +189,11 @@ class Config:
             raise ConfigError(
                 f"rule.warmup = {rule.warmup} with rule.name = delayed: it predicts nothing that must warm up; "
                 "leave rule.warmup at 0, or use rule.name = blend"
+            )
+        if rule.trust > -1 and rule.name not in ("synthetic", "blend"):
+            raise ConfigError(
+                f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
+                "rule.trust at -1, or use rule.name = synthetic"
             )
         if rule.name in ("delayed", "blend") and rule.bp_lambda:
             why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"

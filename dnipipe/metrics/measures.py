@@ -24,6 +24,7 @@ class _Sums:
 
     batches: int = 0
     samples: int = 0
+    at_once: int = 0  # batches on which the stage updated before it had their gradient
     arrived: int = 0  # gradients
     staleness: int = 0
     compared: float = 0.0  # of the gradients that arrived, those that have a likeness
@@ -38,6 +39,8 @@ class _Sums:
     def means(self) -> dict[str, float]:
         """Only what was measured."""
         found: dict[str, float] = {}
+        if self.batches:
+            found["at_once"] = self.at_once / self.batches
         if self.arrived:
             found["staleness"] = self.staleness / self.arrived
         if self.compared:
@@ -72,8 +75,9 @@ class StageMetrics:
         self.clock = Clock(self.clock.now, self.clock.worked)
         self._before = self.clock.seconds(), self.clock.processor()
 
-    def trained(self, batch: int, samples: int) -> None:
+    def trained(self, batch: int, samples: int, at_once: bool = True) -> None:
         self._lately.batches += 1
+        self._lately.at_once += at_once
         self._lately.samples += samples
 
     def loss(self, value: Tensor, terms: int) -> None:

@@ -167,3 +167,12 @@ def test_a_long_run_does_not_lose_its_late_losses() -> None:
         metrics.loss(torch.tensor(1.0), 4096)
         metrics.numbers(0, 1)
     assert metrics.totals()["loss"] == (2**38 + 409_600) / (2**37 + 409_600)
+
+
+def test_how_many_batches_were_updated_on_at_once() -> None:
+    metrics = measured()
+    for batch in range(1, 5):
+        metrics.trained(batch, 8, at_once=batch > 3)
+    assert metrics.numbers(0, 1)["at_once"] == 0.25
+    metrics.trained(5, 8)
+    assert metrics.numbers(0, 1)["at_once"] == 1 and metrics.totals()["at_once"] == 0.4

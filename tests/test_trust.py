@@ -1,0 +1,128 @@
+"""Trust is lost below the threshold and comes back above it, with a margin between the two."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dnipipe import cli
+from dnipipe.predictors import VFBN
+from dnipipe.trust import MARGIN, MEMORY, READ, Trust
+
+
+def pair(cosine: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ĝ, g) of that likeness, ĝ three times as long."""
+    return 3 * torch.tensor([[cosine, (1 - cosine**2) ** 0.5]]), torch.tensor([[1.0, 0.0]])
+
+
+def shown(trust: Trust, cosine: float, times: int) -> bool:
+    for _ in range(times):
+        trust.observe(*pair(cosine))
+    return trust.good
+
+
+def test_it_trusts_until_it_has_seen() -> None:
+    trust = Trust(0.3)
+    assert trust.good
+    assert shown(trust, -1.0, READ - 1)
+    assert not shown(trust, -1.0, 1)
+
+
+def test_it_is_lost_and_comes_back() -> None:
+    trust = Trust(0.3)
+    assert shown(trust, 0.8, 4 * MEMORY)
+    assert trust.likeness == pytest.approx(0.8, abs=0.01)
+    assert not shown(trust, -0.8, MEMORY)
+    assert shown(trust, 0.8, 4 * MEMORY)
+
+
+def test_what_is_just_above_the_threshold_is_kept_but_does_not_come_back() -> None:
+    between = 0.3 + MARGIN / 2
+    steady, fallen = Trust(0.3), Trust(0.3)
+    assert shown(steady, between, 8 * MEMORY)
+    shown(fallen, 0.0, 4 * MEMORY)
+    assert not shown(fallen, between, 16 * MEMORY)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_deserves_no_trust(bad: float) -> None:
+    trust = Trust(0.0)
+    for _ in range(2 * READ):
+        trust.observe(torch.full((2, 3), bad), torch.ones(2, 3))
+    assert not trust.good
+
+
+def test_a_prediction_of_zero_is_like_nothing() -> None:
+    trust = Trust(0.1)
+    for _ in range(READ):
+        trust.observe(torch.zeros(2, 3), torch.ones(2, 3))
+    assert trust.likeness == 0.0 and not trust.good
+
+
+def test_minus_one_trusts_always_and_measures_nothing() -> None:
+    trust = Trust(-1.0)
+    assert shown(trust, -1.0, 3 * MEMORY) and trust.likeness is None
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------
+
+
+class Poison:
+    """Negates what stage 1's predictor says of batches 200 to 399. The stages have threads of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self.predict = VFBN.predict
+        monkeypatch.setattr(VFBN, "predict", lambda *given: self.negated(*given))
+
+    def negated(self, predictor: VFBN, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        predicted = self.predict(predictor, h, y)
+        if threading.current_thread().name != "stage 1":
+            return predicted
+        self.asked += 1
+        return -predicted if 200 <= self.asked < 400 else predicted
+
+
+def run(folder: Path, trust: float) -> dict[str, Any]:
+    settings = {
+        "transport.kind": "local",
+        "transport.delay": 1,
+        "data.limit": 200_000,
+        "data.validation": 0.05,
+        "model.width": 16,
+        "model.heads": 2,
+        "model.layers": 3,
+        "pipeline.stages": 3,
+        "train.batches": 900,
+        "eval.sample": 0,
+        "checkpoint.every": 0,
+        "output.quiet": True,
+        "rule.trust": trust,
+        "rule.warmup_rule": "zero",
+    }
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    assert cli.main(["train", f"--output.run={folder}", *words]) == 0
+    told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return told
+
+
+def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With trust it ends within 2 % of the untouched run, and the stage says how long it went without.
+
+    Without trust the poison costs a quarter: 3.58 nats instead of 2.87.
+    """
+    untouched = run(tmp_path / "untouched", trust=0.0)
+    with monkeypatch.context() as patch:
+        Poison(patch)
+        poisoned = run(tmp_path / "poisoned", trust=0.0)
+    Poison(monkeypatch)
+    credulous = run(tmp_path / "credulous", trust=-1.0)
+    assert poisoned["eval"]["loss"] < 1.02 * untouched["eval"]["loss"]
+    assert credulous["eval"]["loss"] > 1.1 * untouched["eval"]["loss"]
+    used = [stage["at_once"] for stage in poisoned["stage"]]
+    assert 0.5 < used[1] < 0.85 and used[2] == 1
