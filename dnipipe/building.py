@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +18,7 @@ from dnipipe import checkpoint, gradient_rules, optim, predictors, split
 from dnipipe.checkpoint import StageState
 from dnipipe.config import Config
 from dnipipe.data import Task, check_batch
-from dnipipe.errors import ConfigError, DataError, HandshakeError
+from dnipipe.errors import CheckpointError, ConfigError, DataError, HandshakeError
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.predictors import Loss
@@ -155,8 +154,7 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
 def state_of(stage: Stage, plan: Plan) -> StageState:
     """What the stage is right now, by the whole model's names."""
     rule, named = stage.rule, dict(stage.module.named_parameters())
-    predictor: dict[str, Any] = {}
-    learned: dict[str, dict[str, Any]] = {}
+    predictor, learned = rule.shelf
     if rule.predictor is not None and rule.optimizer is not None:
         predictor = dict(rule.predictor.state_dict())
         learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
@@ -172,14 +170,25 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
 
 
 def load_state(stage: Stage, state: StageState) -> None:
-    """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor."""
+    """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor.
+
+    A rule without a predictor keeps the saved one on its shelf, so that a later rule goes on with it.
+    """
     stage.module.load_state_dict(state.weights)
     rule, named = stage.rule, dict(stage.module.named_parameters())
     checkpoint.load_optimizer_state(stage.descent.optimizer, named, state.optimizer)
     for name, gradient in state.gradients.items():
         named[name].grad = gradient.to(named[name].device, copy=True)
-    if state.predictor and rule.predictor is not None and rule.optimizer is not None:
-        rule.predictor.load_state_dict(state.predictor)
+    if rule.predictor is None or rule.optimizer is None:
+        rule.shelf = state.predictor, state.predictor_optimizer
+    elif state.predictor:
+        try:
+            rule.predictor.load_state_dict(state.predictor)
+        except RuntimeError:
+            raise CheckpointError(
+                f"the predictor saved at {state.boundary} is of another kind than the settings say: go on with the "
+                "[predictor] settings of the run's config.toml"
+            ) from None
         checkpoint.load_optimizer_state(
             rule.optimizer, dict(rule.predictor.named_parameters()), state.predictor_optimizer
         )

@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class GradientRule(ABC):
     again = False  # whether a batch that was applied and answered at once is applied again when its gradient is here
     predictor: Predictor | None = None
     optimizer: torch.optim.Optimizer | None = None  # the predictor's
+    shelf: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # a predictor's saved state, for a rule that has one again
 
     @abstractmethod
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:

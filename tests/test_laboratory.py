@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -91,6 +92,38 @@ def test_a_run_is_cut_and_resumed(tmp_path: Path) -> None:
     train(cut, rule__name="wait", train__batches=20)
     train(cut, "--resume", str(cut), rule__name="wait", pipeline__stages=2)
     assert same(checkpoint.weights(whole), checkpoint.weights(cut))
+
+
+def saved(run: Path, what: str) -> dict[str, Tensor]:
+    folder = checkpoint.newest(run).folder
+    parts = [safetensors.torch.load_file(folder / f"stage-{k}.safetensors") for k in range(3)]
+    return {f"{k} {name}": part[name] for k, part in enumerate(parts) for name in part if name.startswith(what)}
+
+
+def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_path: Path) -> None:
+    """synthetic ─► delayed, which has no use for the predictors ─► synthetic, which goes on with them"""
+    run, resume = tmp_path / "run", ["--resume", str(tmp_path / "run")]
+    train(run, train__batches=20)
+    before = saved(run, "predictor")
+    train(run, *resume, train__batches=30, rule__name="delayed")
+    assert before and same(saved(run, "predictor"), before)
+    moments = saved(run, "optimizer")
+    assert {name for name in moments if name.endswith("step")} and all(
+        tensor.item() == 30 for name, tensor in moments.items() if name.endswith("step")
+    )
+    train(run, *resume, train__batches=40, rule__name="synthetic")
+    after = saved(run, "predictor")
+    assert after.keys() == before.keys() and not same(after, before)
+    steps = {tensor.item() for name, tensor in after.items() if name.endswith("/step")}
+    assert steps == {20 + 10}  # of its optimizer: the lessons of both stretches
+
+
+def test_another_kind_of_predictor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train(run, train__batches=5)
+    arguments = ["train", "--resume", str(run), "--train.batches=9", "--predictor.hidden=1", "--transport.kind=local"]
+    assert cli.main(arguments) == 2
+    assert "the predictor saved at block1 is of another kind" in capsys.readouterr().err
 
 
 class Failing(nn.Linear):
