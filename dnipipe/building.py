@@ -55,7 +55,8 @@ def first_batch(task: Task) -> tuple[Tensor, Tensor]:
 def plan_for(settings: Config, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
     """The plan, with the number of classes taken from the model's output where the data does not say it."""
     pipeline = settings.pipeline
-    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device_of(settings)))
+    by_time = settings.transport.kind != "local"  # a measured cut may differ from run to run
+    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device_of(settings)), by_time)
     if classes is None and not y.is_floating_point() and len(made.shapes[-1]) == y.dim() + 1:
         made = replace(made, classes=made.shapes[-1][-1 if made.shapes[-1][:-1] == y.shape else 1])
         check_batch((x, y), made.classes, 1)

@@ -72,8 +72,11 @@ def plan(
     y: Tensor,
     classes: int | None,
     device: str = "cpu",
+    by_time: bool = True,
 ) -> Plan:
     """Measure the layers on one batch (x, y), cut into `stages` (at `boundaries`, or balanced), and check the cut.
+
+    Balanced by measured time, or if not `by_time` by the number of parameters, which is the same in every run.
 
     The model is left as it was: what is measured is a copy, and torch's random state is put back.
     Raises SplitError: not an nn.Sequential, more stages than layers, a stage without parameters to train, a parameter
@@ -89,12 +92,13 @@ def plan(
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
     seconds, outputs = _measure(model, x, device)
     trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
-    cut = tuple(boundaries) or balance(seconds, trainable, stages)
+    parameters = [sum(p.numel() for p in layer.parameters()) for layer in model]
+    cut = tuple(boundaries) or balance(seconds if by_time else parameters, trainable, stages)
     made = Plan(
         layers=tuple(layers),
         boundaries=cut,
         seconds=tuple(seconds),
-        parameters=tuple(sum(p.numel() for p in layer.parameters()) for layer in model),
+        parameters=tuple(parameters),
         shapes=tuple(tuple(h.shape) for h in outputs),
         dtypes=tuple(str(h.dtype).removeprefix("torch.") for h in outputs),
         y=tuple(y.shape),

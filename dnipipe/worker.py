@@ -159,13 +159,13 @@ class Worker:
         return self._received(*got, waited, room) if got else None
 
     def _until_due(self) -> float:
-        """Seconds until a report or a limit is: no wait is longer."""
+        """Seconds until a report or a limit is: no wait is longer. Never 0, which means to look and not to wait."""
         due = [self._next_report]
         if self._waiting_since is not None:
             due.append(self._waiting_since + self.timeout)
         if self.interrupted_at is not None:
             due.append(self.interrupted_at + GRACE)
-        return max(0.0, min(due) - time.monotonic())
+        return max(0.001, min(due) - time.monotonic())
 
     def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
         self._waiting_since = None

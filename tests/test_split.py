@@ -101,3 +101,13 @@ class Pair(nn.Module):
 def test_what_cannot_be_cut_is_refused(net: nn.Module, stages: int, boundaries: tuple[int, ...], message: str) -> None:
     with pytest.raises(SplitError, match=message):
         plan(net, stages, boundaries, X, Y, 3)
+
+
+def test_a_cut_by_parameters_does_not_depend_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 2))
+    x, y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+    for slow, by_time in enumerate((1, 2, 2, 3)):
+        measured = [1.0 + 99.0 * (layer == slow) for layer in range(4)], [torch.zeros(2, 2)] * 4
+        monkeypatch.setattr("dnipipe.split._measure", lambda *_, measured=measured: measured)
+        assert plan(model, 2, (), x, y, 2).boundaries == (by_time,)
+        assert plan(model, 2, (), x, y, 2, by_time=False).boundaries == (2,)  # 320 + 4,160 and 520 + 18
