@@ -129,12 +129,15 @@ def test_the_transformer_takes_shorter_inputs() -> None:
     torch.testing.assert_close(model(x)[:, :3], model(x[:, :3]))
 
 
-def test_the_transformer_starts_near_a_uniform_guess() -> None:
-    """Logits of size one: the first loss is half a nat above that of knowing nothing, ln 256."""
+def test_the_transformer_starts_with_logits_of_size_one() -> None:
+    """The first loss is half a nat, half their variance, above that of knowing nothing, ln 256; mean of 20 models."""
     config = configured("transformer", width=32)
-    torch.manual_seed(0)
-    x, y = batch_for("transformer")
-    assert models.loss_of(config)(models.build(config)(x), y).item() == pytest.approx(math.log(256) + 0.5, abs=0.4)
+    losses = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = torch.randint(256, (8, 5)), torch.randint(256, (8, 5))
+        losses.append(models.loss_of(config)(models.build(config)(x), y).item())
+    assert sum(losses) / 20 == pytest.approx(math.log(256) + 0.5, abs=0.1)
 
 
 def test_the_loss_is_a_mean_over_samples_or_tokens() -> None:

@@ -98,6 +98,7 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
         "model.heads": 2,
         "model.layers": 3,
         "pipeline.stages": 3,
+        "pipeline.boundaries": "2,3",  # a block each
         "train.batches": 900,
         "eval.sample": 0,
         "checkpoint.every": 0,
