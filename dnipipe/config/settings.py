@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Union, get_type_hints
+from typing import Any, Literal, Union
 
-from dnipipe.config.values import check, name_of
+from dnipipe.config.values import check, hints, name_of
 from dnipipe.errors import ConfigError
 
 
@@ -222,9 +222,9 @@ def shared_settings(config: Config) -> tuple[str, ...]:
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(section.key, type, default, explanation) of every setting."""
     for section in fields(Config):
-        kind = get_type_hints(Config)[section.name]
+        kind = hints(Config)[section.name]
         for item in fields(kind):
-            hint = get_type_hints(kind)[item.name]
+            hint = hints(kind)[item.name]
             yield f"{section.name}.{item.name}", name_of(hint), item.default, item.metadata["help"]
 
 
