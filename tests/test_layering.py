@@ -92,6 +92,13 @@ def test_nobody_imports_upwards() -> None:
     assert wrong == []
 
 
+def test_benchmarks_see_the_settings_and_the_command_line_only() -> None:
+    """A cell is what a person can type; so what runs it needs nothing else of the package."""
+    allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors"}
+    used = {name for path in (PACKAGE.parent / "benchmarks").rglob("*.py") for name in imports(path)}
+    assert not [name for name in used if name.startswith("dnipipe") and not name.startswith(tuple(allowed))]
+
+
 def test_stage_and_transport_never_see_each_other() -> None:
     found = modules()
     assert not any("transport" in name for name in found["stage"])
