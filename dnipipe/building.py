@@ -22,6 +22,7 @@ from dnipipe.errors import CheckpointError, ConfigError, DataError, HandshakeErr
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.predictors import Loss
+from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.window import Window
@@ -94,7 +95,7 @@ def device_of(settings: Config) -> torch.device:
 
 def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
-    settings, device = job.config, device_of(job.config)
+    settings, device, first_layer = job.config, device_of(job.config), plan.layers_of(index)[0]
     module = split.part(model, plan, index).to(device)
     rule_class = gradient_rules.RULES[settings.rule.name]
     rule: gradient_rules.GradientRule
@@ -106,6 +107,8 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         rule = rule_class.build(
             settings, lambda: predictors.build(settings.predictor, plan.edge(index), job.loss).to(device)
         )
+    if settings.rule.p_update < 1:
+        rule = Sometimes(rule, settings.rule.p_update, settings.train.seed, first_layer)
     return Stage(
         index,
         plan.stages,
@@ -121,7 +124,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         measured,
         loss=job.loss,
         seed=settings.train.seed,
-        first_layer=plan.layers_of(index)[0],
+        first_layer=first_layer,
         device=device,
     )
 

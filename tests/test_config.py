@@ -57,6 +57,11 @@ def test_the_embedded_default_is_valid() -> None:
             "rule.bp_lambda = 0.5 with rule.name = blend: it answers",
         ),
         (["--rule.name", "blend", "--rule.correction", "0"], "rule.correction = 0.0: expected at least 0.001"),
+        (["--rule.p_update", "0"], "rule.p_update = 0.0: expected at least 0.001 and at most 1.0"),
+        (
+            ["--rule.p_update", "0.5", "--rule.accumulate", "4"],
+            "rule.p_update = 0.5 with rule.accumulate = 4: batches that are left out",
+        ),
         (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
         (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
         (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),

@@ -19,6 +19,7 @@ MAY = {
     "trust": "",
     "gradient_rules": "config errors predictors trust",
     "randomness": "",
+    "sometimes": "gradient_rules randomness",
     "stage": "messages errors gradient_rules predictors metrics optim randomness",
     "split": "errors predictors",
     "models": "config errors",
@@ -34,7 +35,7 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "checkpoint config data errors gradient_rules metrics optim predictors split stage window",
+    "building": "checkpoint config data errors gradient_rules metrics optim predictors sometimes split stage window",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage transport worker",
     "check": "building messages metrics result split stage",

@@ -66,6 +66,9 @@ class Rule:
         low=-1.0,
         high=1.0,
     )
+    p_update: float = setting(
+        1.0, "probability with which a stage updates on a batch; each stage draws for itself", low=1e-3, high=1.0
+    )
     correction: float = setting(0.1, "blend: weight of the late update with g - ĝ", low=1e-3)
     accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
     reschedule: int = setting(
@@ -192,6 +195,11 @@ class Config:
             raise ConfigError(
                 f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
                 "rule.trust at -1, or use rule.name = synthetic"
+            )
+        if rule.p_update < 1 and rule.accumulate > 1:
+            raise ConfigError(
+                f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
+                "make an update of fewer than it is averaged over; set one of the two to 1"
             )
         if rule.name in ("delayed", "blend") and rule.bp_lambda:
             why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"
