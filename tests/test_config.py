@@ -65,6 +65,11 @@ def test_the_embedded_default_is_valid() -> None:
         (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
         (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
         (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),
+        (["--optimizer.schedule", "steps"], "optimizer.drops = [] with optimizer.schedule = steps: name the batches"),
+        (
+            ["--optimizer.drops", "9"],
+            "optimizer.drops = [9] with optimizer.schedule = constant: use optimizer.schedule",
+        ),
         (["--model.width", "90"], "model.width = 90 is not a multiple of model.heads = 4"),
         (["--data.evaluate", "test"], "data.evaluate = test: data.name = stdlib has no test set"),
         (["train"], "cannot read 'train': settings are written --section.key value"),

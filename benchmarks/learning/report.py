@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from benchmarks.cells import Cell, Record, Records
+from benchmarks.cells import Record, Records
 from benchmarks.learning.study import RULES, STAGES, TASKS, Learning
 from benchmarks.plots import Line, Plot
 from benchmarks.tables import MISSING, average, entry, markdown
@@ -109,6 +109,3 @@ def _mean_curve(records: Sequence[Record | None]) -> Line | None:
     shared = [batch for batch in curves[0] if all(batch in curve for curve in curves)]
     samples = [batch * found[0].settings["data.batch"] for batch in shared]
     return samples, [mean(curve[batch] for curve in curves) for batch in shared]
-
-
-__all__ = ["Cell", "LearningStudy"]

@@ -94,7 +94,10 @@ class Optimizer:
     momentum: float = setting(0.0, "of sgd", low=0.0, high=1.0)
     beta1: float = setting(0.9, "momentum of adam, adamw and nadam", low=0.0, high=0.999)
     clip: float = setting(0.0, "largest norm of a stage's gradient (0: no limit)", low=0.0)
-    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "how lr falls over the run, by batch id")
+    schedule: Literal["constant", "linear", "cosine", "steps"] = setting(
+        "constant", "how lr falls over the run, by batch id"
+    )
+    drops: tuple[int, ...] = setting((), "steps: batches behind each of which lr is a tenth, e.g. 300000,400000")
     warmup: int = setting(0, "batches over which lr rises from 0", low=0)
 
 
@@ -174,6 +177,7 @@ class Config:
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
             )
         self._check_rule()
+        self._check_schedule()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
         if self.transport.delay and self.transport.kind != "local":
@@ -183,6 +187,12 @@ class Config:
             )
         if self.data.evaluate == "test" and self.data.name != "mnist":
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
+
+    def _check_schedule(self) -> None:
+        schedule, drops = self.optimizer.schedule, self.optimizer.drops
+        if (schedule == "steps") != bool(drops):
+            way = "name the batches, e.g. 300000,400000" if schedule == "steps" else "use optimizer.schedule = steps"
+            raise ConfigError(f"optimizer.drops = {list(drops)} with optimizer.schedule = {schedule}: {way}")
 
     def _check_rule(self) -> None:
         rule = self.rule
