@@ -69,6 +69,9 @@ class Rule:
     p_update: float = setting(
         1.0, "probability with which a stage updates on a batch; each stage draws for itself", low=1e-3, high=1.0
     )
+    forward_unlock: bool = setting(
+        False, "synthetic, local: train on a guess of the stage's input, made from x, so that no forward waits either"
+    )
     correction: float = setting(0.1, "blend: weight of the late update with g - ĝ", low=1e-3)
     accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
     reschedule: int = setting(
@@ -196,6 +199,8 @@ class Config:
                 f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
                 "rule.trust at -1, or use rule.name = synthetic"
             )
+        if rule.forward_unlock:
+            self._check_unlocked()
         if rule.p_update < 1 and rule.accumulate > 1:
             raise ConfigError(
                 f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
@@ -207,6 +212,17 @@ class Config:
                 f"rule.bp_lambda = {rule.bp_lambda} with rule.name = {rule.name}: {why}; leave rule.bp_lambda at 0, or "
                 "use rule.name = synthetic"
             )
+
+    def _check_unlocked(self) -> None:
+        """What arrives was taken at the next stage's guess of this stage's output: to be learnt from, not applied."""
+        rule, unlocked = self.rule, "with rule.forward_unlock = true: "
+        if self.pipeline.stages == 1:
+            raise ConfigError(f"pipeline.stages = 1 {unlocked}there is no input to guess; use more stages, or false")
+        applied = "the gradient that arrives is of a guessed input, and would be applied; "
+        if rule.name not in ("synthetic", "local"):
+            raise ConfigError(f"rule.name = {rule.name} {unlocked}{applied}use rule.name = synthetic or local")
+        if rule.name == "synthetic" and rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}use rule.warmup_rule = zero")
 
 
 def flat(config: Config) -> Iterator[tuple[str, Any]]:
