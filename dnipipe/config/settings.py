@@ -29,14 +29,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    name: Literal["stdlib", "text", "mnist"] = setting("stdlib", "Python's own source files, a text file, or MNIST")
-    root: str = setting("", "text: the file; mnist: the folder with the four IDX files", local=True)
+    name: Literal["stdlib", "text", "mnist", "cifar10"] = setting(
+        "stdlib", "Python's own source files, a text file, MNIST or CIFAR-10"
+    )
+    root: str = setting(
+        "", "text: the file; mnist: the folder with the four IDX files; cifar10: with the six binary ones", local=True
+    )
     batch: int = setting(32, "samples a batch", low=1)
     context: int = setting(64, "bytes a sample (text)", low=1)
     limit: int = setting(0, "use only the first so many bytes or training samples (0: all)", low=0)
     validation: float = setting(0.1, "share of the training data held out at its end", low=0.001, high=0.9)
     evaluate: Literal["validation", "test"] = setting(
-        "validation", "evaluate on the held-out share, or train on everything and evaluate on the test set (mnist)"
+        "validation", "evaluate on the held-out share, or train on everything and evaluate on the test set (images)"
     )
 
 
@@ -184,7 +188,7 @@ class Config:
                 f"transport.delay = {self.transport.delay} with transport.kind = {self.transport.kind}: a real link "
                 "has a delay of its own; use transport.kind = local"
             )
-        if self.data.evaluate == "test" and self.data.name != "mnist":
+        if self.data.evaluate == "test" and self.data.name not in ("mnist", "cifar10"):
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
 
     def _check_rule(self) -> None:
