@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, gradient_rules, optim, predictors, split
+from dnipipe import checkpoint, gradient_rules, inputs, optim, predictors, split
 from dnipipe.checkpoint import StageState
 from dnipipe.config import Config
 from dnipipe.data import Task, check_batch
@@ -22,9 +24,11 @@ from dnipipe.errors import CheckpointError, ConfigError, DataError, HandshakeErr
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.predictors import Loss
+from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
 
 
@@ -109,7 +113,8 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         )
     if settings.rule.p_update < 1:
         rule = Sometimes(rule, settings.rule.p_update, settings.train.seed, first_layer)
-    return Stage(
+    kind = partial(UnlockedStage, inputs_of(settings, plan, index)) if settings.rule.forward_unlock else Stage
+    return kind(
         index,
         plan.stages,
         module,
@@ -127,6 +132,16 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         first_layer=first_layer,
         device=device,
     )
+
+
+def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
+    """What guesses the stage's input; stage 0's needs no guess. Initial weights depend on seed and layer alone."""
+    if index == 0:
+        return None
+    reseed(settings.train.seed, plan.layers_of(index)[0], "inputs")
+    made = inputs.build(settings.predictor, plan.x, plan.x_dtype, plan.edge(index - 1))
+    made.net.to(device_of(settings))
+    return made
 
 
 def check_model(model: nn.Module, plan: Plan, index: int) -> None:
@@ -162,6 +177,12 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
     if rule.predictor is not None and rule.optimizer is not None:
         predictor = dict(rule.predictor.state_dict())
         learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
+    guessing: dict[str, dict[str, Any]] = {}
+    if isinstance(stage, UnlockedStage) and stage.inputs:
+        first, net = first_of(stage, plan), stage.inputs.net
+        moments = checkpoint.optimizer_state(stage.inputs.optimizer, dict(net.named_parameters()))
+        guessing["inputs"] = {f"{first}.{name}": tensor for name, tensor in net.state_dict().items()}
+        guessing["inputs_optimizer"] = {f"{first}.{name}": values for name, values in moments.items()}
     return StageState(
         weights=dict(stage.module.state_dict()),
         optimizer=checkpoint.optimizer_state(stage.descent.optimizer, named),
@@ -170,6 +191,7 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
         predictor=predictor,
         predictor_optimizer=learned,
         counters={"batch": stage.last_batch, "updates": stage.updates},
+        **guessing,
     )
 
 
@@ -186,18 +208,37 @@ def load_state(stage: Stage, state: StageState) -> None:
     if rule.predictor is None or rule.optimizer is None:
         rule.shelf = state.predictor, state.predictor_optimizer
     elif state.predictor:
-        try:
-            rule.predictor.load_state_dict(state.predictor)
-        except RuntimeError:
-            raise CheckpointError(
-                f"the predictor saved at {state.boundary} is of another kind than the settings say: go on with the "
-                "[predictor] settings of the run's config.toml"
-            ) from None
-        checkpoint.load_optimizer_state(
-            rule.optimizer, dict(rule.predictor.named_parameters()), state.predictor_optimizer
-        )
+        what = f"predictor saved at {state.boundary}"
+        _load_learned(rule.predictor, rule.optimizer, state.predictor, state.predictor_optimizer, what)
+    if isinstance(stage, UnlockedStage) and stage.inputs and state.inputs:
+        weights = {name.partition(".")[2]: tensor for name, tensor in state.inputs.items()}
+        moments = {name.partition(".")[2]: values for name, values in state.inputs_optimizer.items()}
+        what = f"model of the input of {next(iter(state.inputs)).partition('.')[0]}"
+        _load_learned(stage.inputs.net, stage.inputs.optimizer, weights, moments, what)
+
+
+def _load_learned(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    learned: dict[str, dict[str, Any]],
+    what: str,
+) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError:
+        raise CheckpointError(
+            f"the {what} is of another kind than the settings say: go on with the [predictor] settings of the run's "
+            "config.toml"
+        ) from None
+    checkpoint.load_optimizer_state(optimizer, dict(module.named_parameters()), learned)
 
 
 def boundary_of(stage: Stage, plan: Plan) -> str:
     """What a predictor is known by: the stage's last layer. The last stage has none."""
     return "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]
+
+
+def first_of(stage: Stage, plan: Plan) -> str:
+    """What the model of a stage's input is known by: the stage's first layer."""
+    return plan.layers[plan.layers_of(stage.index)[0]]

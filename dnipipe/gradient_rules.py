@@ -57,6 +57,10 @@ class GradientRule(ABC):
     optimizer: torch.optim.Optimizer | None = None  # the predictor's
     shelf: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # a predictor's saved state, for a rule that has one again
 
+    def draws(self, batch: int) -> bool:
+        """Whether the stage updates on this batch at all."""
+        return True
+
     @abstractmethod
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         """What to do with the batch at once."""

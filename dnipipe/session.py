@@ -26,6 +26,7 @@ from dnipipe.building import (
     build_stage,
     check_model,
     first_batch,
+    first_of,
     load_state,
     plan_for,
     state_of,
@@ -115,7 +116,8 @@ def build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
     if agreed.start:
         saved = checkpoint.at(Path(agreed.folder), agreed.start)
         saved.check_model(model.state_dict())
-        load_state(stage, saved.state_for(stage.module.state_dict(), boundary_of(stage, agreed.plan)))
+        ends = boundary_of(stage, agreed.plan), first_of(stage, agreed.plan)
+        load_state(stage, saved.state_for(stage.module.state_dict(), *ends))
         stage.last_batch = agreed.start
     return stage
 

@@ -20,6 +20,8 @@ MAY = {
     "gradient_rules": "config errors predictors trust",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
+    "inputs": "config errors predictors",
+    "unlocked": "errors inputs messages stage",
     "stage": "messages errors gradient_rules predictors metrics optim randomness",
     "split": "errors predictors",
     "models": "config errors",
@@ -35,10 +37,11 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "checkpoint config data errors gradient_rules metrics optim predictors sometimes split stage window",
+    "building": "checkpoint config data errors gradient_rules inputs metrics optim predictors randomness "
+    "sometimes split stage unlocked window",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage transport worker",
-    "check": "building messages metrics result split stage",
+    "check": "building messages metrics result split stage unlocked",
     "started": "",
     "launcher": "loopback started",
     "jobs": "building config data models optim",
