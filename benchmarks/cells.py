@@ -16,7 +16,7 @@ from typing import Any
 from dnipipe.config import Config, describe, flat, load, shared_settings
 
 ROOT = Path(__file__).parents[1]  # the clone, where commands are run
-DATA = {"mnist": "PATH", "text": "FILE"}  # data.name -> what data.root must name
+DATA = {"mnist": "PATH", "cifar10": "PATH", "text": "FILE"}  # data.name -> what data.root must name
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from benchmarks.grid import Grid, cores, distinct
 from benchmarks.plots import Plot, draw
 from benchmarks.tables import NOTE, origin
 
-VARIABLES = {"mnist": "DNIPIPE_MNIST", "text": "DNIPIPE_TEXT"}  # data.name -> where its path is, if not on the line
+VARIABLES = {"mnist": "DNIPIPE_MNIST", "cifar10": "DNIPIPE_CIFAR10", "text": "DNIPIPE_TEXT"}  # data.name -> its path
 
 
 class Study(Protocol):
@@ -25,13 +25,18 @@ class Study(Protocol):
     @property
     def title(self) -> str: ...
 
+    @property
+    def shown(self) -> Sequence[str]:
+        """Names of the tables that were asked for."""
+
     def cells(self, records: Records) -> list[Cell]:
         """What is to be run, as it is known with these records."""
 
-    def tables(self, records: Records) -> list[tuple[str, str]]:
-        """(title, Markdown)."""
+    def tables(self, records: Records) -> dict[str, str]:
+        """Name -> heading and table in Markdown; all of the study's, whatever was asked for."""
 
-    def plots(self, records: Records) -> list[Plot]: ...
+    def plots(self, records: Records) -> list[Plot]:
+        """All of the study's."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +44,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=len(cores()), help="runs at once (default: a core each, %(default)s)"
     )
-    parser.add_argument("--mnist", default=os.environ.get("DNIPIPE_MNIST", ""), metavar="PATH", help="its four files")
-    parser.add_argument("--text", default=os.environ.get("DNIPIPE_TEXT", ""), metavar="FILE", help="TinyShakespeare")
+    parser.add_argument(
+        "--mnist", default=os.environ.get(VARIABLES["mnist"], ""), metavar="PATH", help="its four files"
+    )
+    parser.add_argument(
+        "--cifar10", default=os.environ.get(VARIABLES["cifar10"], ""), metavar="PATH", help="its six files"
+    )
+    parser.add_argument("--text", default=os.environ.get(VARIABLES["text"], ""), metavar="FILE", help="TinyShakespeare")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only cells whose name has one of these")
     parser.add_argument("--list", action="store_true", help="print the commands of the cells and run nothing")
     parser.add_argument("--table", action="store_true", help="make tables and plots of what there is and run nothing")
@@ -51,7 +61,7 @@ def carry_out(parser: argparse.ArgumentParser, options: argparse.Namespace, stud
     """What the options ask of this study. `out` is its own folder. Returns the exit status."""
     records = Records(options.out or out)
     plan = _chosen(study, options.only)
-    roots = {"mnist": options.mnist, "text": options.text}
+    roots = {name: getattr(options, name) for name in VARIABLES}
     if options.list:
         for cell in distinct(plan(records)):
             waits = "waits for others, which decide its last setting"
@@ -86,14 +96,18 @@ def _check_data(parser: argparse.ArgumentParser, cells: Sequence[Cell], roots: d
         if not roots[name]:
             parser.error(f"where is the data? pass --{name}, or set {VARIABLES[name]}")
         if not os.path.exists(roots[name]):
-            parser.error(f"--{name} {roots[name]}: there is no such {'folder' if name == 'mnist' else 'file'}")
+            parser.error(f"--{name} {roots[name]}: there is no such {'file' if name == 'text' else 'folder'}")
 
 
 def _write(study: Study, records: Records) -> None:
-    """README.md in the records' folder, with the plots; the tables on the screen too."""
+    """README.md in the records' folder, with all tables and plots; those that were asked for on the screen too."""
     records.folder.mkdir(parents=True, exist_ok=True)
-    tables = [f"## {title}\n\n{text}" for title, text in study.tables(records)]
+    tables = study.tables(records)
     pictures = [f"![{name}]({name})" for name in draw(study.plots(records), records.folder)]
-    parts = [f"# {study.title}", origin(records) + NOTE, *tables, *pictures]
-    (records.folder / "README.md").write_text("\n\n".join(part.rstrip() for part in parts) + "\n")
-    print("\n\n".join(part.rstrip() for part in parts[: 2 + len(tables)]))
+    head = [f"# {study.title}", origin(records) + NOTE]
+    (records.folder / "README.md").write_text(_joined([*head, *tables.values(), *pictures]))
+    print(_joined([*head, *(tables[name] for name in study.shown)]), end="")
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"

@@ -161,7 +161,10 @@ def cores() -> list[int | None]:
 
 def distinct(cells: Iterable[Cell]) -> list[Cell]:
     """Without those that mean the same run as one before. Which run a waiting one means is not known."""
-    return list({str(cell) if cell.waits else cell.key: cell for cell in reversed(list(cells))}.values())[::-1]
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found.setdefault(str(cell) if cell.waits else cell.key, cell)
+    return list(found.values())
 
 
 def left(missing: Sequence[Cell], records: Iterable[Record], jobs: int) -> str:

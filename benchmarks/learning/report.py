@@ -25,11 +25,15 @@ class LearningStudy(Learning):
     def title(self) -> str:
         return "Learning" + ", quick: far too short a training to compare anything" * self.quick
 
-    def tables(self, records: Records) -> list[tuple[str, str]]:
-        return [(f"{task}: {_figure(task)[2]}", self._table(task, records)) for task in self.wanted.tasks]
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return self.wanted.tasks
+
+    def tables(self, records: Records) -> dict[str, str]:
+        return {task: f"## {task}: {_figure(task)[2]}\n\n{self._table(task, records)}" for task in self.axes.tasks}
 
     def plots(self, records: Records) -> list[Plot]:
-        return [plot for task in self.wanted.tasks for plot in self._plots(task, records)]
+        return [plot for task in self.axes.tasks for plot in self._plots(task, records)]
 
     def _table(self, task: str, records: Records) -> str:
         value, digits, _ = _figure(task)

@@ -57,9 +57,8 @@ def test_the_table_shows_means_what_diverged_and_what_is_missing(tmp_path: Path)
         for seed, loss in enumerate(losses):
             cell = study.cell("lm", rule, 4, 0, seed, records)
             records.add(cell, record(cell, loss))
-    ((title, text),) = study.tables(Records(tmp_path))
-    rows = text.splitlines()
-    assert title == "lm: held-out loss, nats per byte"
+    rows = study.tables(Records(tmp_path))["lm"].splitlines()
+    assert rows[0] == "## lm: held-out loss, nats per byte"
     assert "| sync | any | 1e-3 | 1.600 ± 0.020 (3) | 1.600 ± 0.020 (3) | – |" in rows  # one model for K = 2 and 4
     assert "| vfbn | 0 | 1e-3 | – | 1.710 ± 0.010 (2) +6.9 %, diverged (1) | – |" in rows
     assert "| local | any | 1e-3 | – | diverged (3) | – |" in rows
@@ -71,7 +70,9 @@ def test_the_table_shows_means_what_diverged_and_what_is_missing(tmp_path: Path)
 def test_without_records_there_is_a_table_and_no_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--table", "--task", "mnist-cnn", "--out", str(tmp_path)]) == 0
     assert "| sync | any | – | – | – | – |" in (tmp_path / "README.md").read_text()
-    assert "Nothing has been run yet." in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
+    shown = capsys.readouterr().out
+    assert "Nothing has been run yet." in shown and "## mnist-cnn" in shown and "## lm" not in shown
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_plots_are_drawn_if_they_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
