@@ -6,6 +6,7 @@ Job ─► first_batch ─► plan_for ─► Plan ─► build_stage ─► Sta
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,13 +15,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, gradient_rules, optim, predictors, split
+from dnipipe import checkpoint, optim, predictors, split
 from dnipipe.checkpoint import StageState
-from dnipipe.config import Config
+from dnipipe.config import Config, phases
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import CheckpointError, ConfigError, DataError, HandshakeError
+from dnipipe.gradient_rules import RULES, GradientRule, LossGradient
+from dnipipe.learner import Learner
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
+from dnipipe.phases import Phases
 from dnipipe.predictors import Loss
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
@@ -96,21 +100,11 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
     settings, device = job.config, device_of(job.config)
     module = split.part(model, plan, index).to(device)
-    rule_class = gradient_rules.RULES[settings.rule.name]
-    rule: gradient_rules.GradientRule
-    if index == plan.stages - 1:
-        stop = settings.train.on_nan == "stop"
-        rule = gradient_rules.LossGradient(job.loss, rule_class.teaches, measured.loss, stop)
-    else:
-        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
-        rule = rule_class.build(
-            settings, lambda: predictors.build(settings.predictor, plan.edge(index), job.loss).to(device)
-        )
     return Stage(
         index,
         plan.stages,
         module,
-        rule,
+        rule_of(job, plan, index, measured),
         Descent(
             job.optimizer([p for p in module.parameters() if p.requires_grad]),
             job.schedule or optim.schedule(settings, total),
@@ -126,6 +120,25 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
     )
 
 
+def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> GradientRule:
+    """Where the stage's gradients come from; the last stage's from the loss. One predictor serves all its rules."""
+    settings = job.config
+
+    @functools.cache
+    def learner() -> Learner:
+        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
+        predictor = predictors.build(settings.predictor, plan.edge(index), job.loss)
+        return Learner(predictor.to(device_of(settings)), settings.predictor.lr)
+
+    def rule(name: str) -> GradientRule:
+        if index == plan.stages - 1:
+            return LossGradient(job.loss, RULES[name].teaches, measured.loss, settings.train.on_nan == "stop")
+        return RULES[name].build(settings, learner)
+
+    rules = [(start, rule(name)) for start, name in phases(settings.rule)]
+    return rules[0][1] if len(rules) == 1 else Phases(rules)
+
+
 def check_model(model: nn.Module, plan: Plan, index: int) -> None:
     """Raises HandshakeError if the model built here is not the one that was planned."""
     names = tuple(name for name, _ in model.named_children())
@@ -136,8 +149,8 @@ def check_model(model: nn.Module, plan: Plan, index: int) -> None:
 
 
 def window_of(settings: Config, plan: Plan, index: int) -> Window:
-    """The setting; automatic: up to as many waiting batches as the memory limit holds, one if the rule waits."""
-    if settings.rule.name == "wait" or (settings.pipeline.window == "auto" and index == plan.stages - 1):
+    """The setting; automatic: up to as many waiting batches as the memory limit holds."""
+    if settings.pipeline.window == "auto" and index == plan.stages - 1:
         return Window(1)
     if settings.pipeline.window != "auto":
         return Window(settings.pipeline.window)
@@ -154,11 +167,11 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
 
 def state_of(stage: Stage, plan: Plan) -> StageState:
     """What the stage is right now, by the whole model's names."""
-    rule, named = stage.rule, dict(stage.module.named_parameters())
-    predictor, learned = rule.shelf
-    if rule.predictor is not None and rule.optimizer is not None:
-        predictor = dict(rule.predictor.state_dict())
-        learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
+    learner, named = stage.rule.learner, dict(stage.module.named_parameters())
+    predictor, learned = stage.rule.shelf
+    if learner is not None:
+        predictor = dict(learner.predictor.state_dict())
+        learned = checkpoint.optimizer_state(learner.adam, dict(learner.predictor.named_parameters()))
     return StageState(
         weights=dict(stage.module.state_dict()),
         optimizer=checkpoint.optimizer_state(stage.descent.optimizer, named),
@@ -176,22 +189,22 @@ def load_state(stage: Stage, state: StageState) -> None:
     A rule without a predictor keeps the saved one on its shelf, so that a later rule goes on with it.
     """
     stage.module.load_state_dict(state.weights)
-    rule, named = stage.rule, dict(stage.module.named_parameters())
+    learner, named = stage.rule.learner, dict(stage.module.named_parameters())
     checkpoint.load_optimizer_state(stage.descent.optimizer, named, state.optimizer)
     for name, gradient in state.gradients.items():
         named[name].grad = gradient.to(named[name].device, copy=True)
-    if rule.predictor is None or rule.optimizer is None:
-        rule.shelf = state.predictor, state.predictor_optimizer
+    if learner is None:
+        stage.rule.shelf = state.predictor, state.predictor_optimizer
     elif state.predictor:
         try:
-            rule.predictor.load_state_dict(state.predictor)
+            learner.predictor.load_state_dict(state.predictor)
         except RuntimeError:
             raise CheckpointError(
                 f"the predictor saved at {state.boundary} is of another kind than the settings say: go on with the "
                 "[predictor] settings of the run's config.toml"
             ) from None
         checkpoint.load_optimizer_state(
-            rule.optimizer, dict(rule.predictor.named_parameters()), state.predictor_optimizer
+            learner.adam, dict(learner.predictor.named_parameters()), state.predictor_optimizer
         )
 
 

@@ -55,9 +55,9 @@ def _edge(plan: Plan, k: int) -> str:
 
 
 def _predictor(stage: Stage, measured: StageMetrics) -> str:
-    if stage.rule.predictor is None:
+    if stage.rule.learner is None:
         return ""
     seconds = measured.clock.seconds()
     work = sum(seconds.get(label, 0.0) for label in ("forward", "backward", "predictor", "optimizer"))
-    count = sum(p.numel() for p in stage.rule.predictor.parameters())
+    count = sum(p.numel() for p in stage.rule.learner.predictor.parameters())
     return f"; predictor {count:,} parameters, {seconds.get('predictor', 0.0) / work:.0%} of stage {stage.index}'s time"

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dnipipe.config import Config
 from dnipipe.errors import ConfigError, NonFiniteLoss
-from dnipipe.predictors import VFBN, Loss, Predictor, loss_terms
+from dnipipe.learner import Learner
+from dnipipe.predictors import VFBN, Loss, loss_terms
 from dnipipe.trust import Trust
 
 
@@ -45,9 +46,13 @@ class GradientRule(ABC):
 
     teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
     again = False  # whether a batch that was applied and answered at once is applied again when its gradient is here
-    predictor: Predictor | None = None
-    optimizer: torch.optim.Optimizer | None = None  # the predictor's
+    in_flight: int | None = None  # batches that may lack their gradient; None: as many as the window holds
+    learner: Learner | None = None
     shelf: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # a predictor's saved state, for a rule that has one again
+
+    def at(self, batch: int) -> GradientRule:
+        """The rule that this batch belongs to."""
+        return self
 
     @abstractmethod
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
@@ -58,28 +63,7 @@ class GradientRule(ABC):
         """What to do now that its gradient is here; g is None if none was made for this batch."""
 
 
-class _Learner(GradientRule):
-    """A predictor with its own optimizer (Adam)."""
-
-    def __init__(self, predictor: Predictor, lr: float) -> None:
-        self.predictor = predictor
-        self.guess = predictor
-        self.optimizer = self.adam = torch.optim.Adam(predictor.parameters(), lr)
-        self.parameters: list[Tensor] = list(predictor.parameters())
-
-    def learn(self, h: Tensor, y: Tensor, g: Tensor | None) -> None:
-        """One step on the predictor's loss, if there is something to learn from."""
-        loss = self.guess.loss(h, y, g)
-        if loss is not None:
-            self.descend(loss, self.parameters)
-
-    def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
-        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
-        self.adam.step()
-        self.adam.zero_grad()
-
-
-class Synthetic(_Learner):
+class Synthetic(GradientRule):
     """Update at once with the predicted gradient; what arrives teaches the predictor (arXiv:1608.05343, section 2).
 
     Args:
@@ -95,14 +79,13 @@ class Synthetic(_Learner):
 
     def __init__(
         self,
-        predictor: Predictor,
-        lr: float,
+        learner: Learner,
         bp_lambda: float = 0.0,
         warmup: int = 0,
         warmup_updates: bool = True,
         trust: float = -1.0,
     ) -> None:
-        super().__init__(predictor, lr)
+        self.learner: Learner = learner
         self.bp_lambda = bp_lambda
         self.warmup = warmup
         self.warmup_updates = warmup_updates
@@ -110,18 +93,18 @@ class Synthetic(_Learner):
         self._unused: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Synthetic:
-        rule, lr = config.rule, config.predictor.lr
-        return cls(predictor(), lr, rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait", rule.trust)
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Synthetic:
+        rule = config.rule
+        return cls(learner(), rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait", rule.trust)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         trusted = batch > self.warmup and self.trust.good
         if not trusted:
             self._unused.add(batch)
-        return Use(self.guess.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
+        return Use(self.learner.predictor.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
-        self.learn(h, y, g)
+        self.learner.learn(h, y, g)
         unused = batch in self._unused
         self._unused.discard(batch)
         if g is None:
@@ -149,20 +132,19 @@ class Blend(Synthetic):
 
     def __init__(
         self,
-        predictor: Predictor,
-        lr: float,
+        learner: Learner,
         correction: float,
         warmup: int = 0,
         warmup_updates: bool = True,
         trust: float = -1.0,
     ) -> None:
-        super().__init__(predictor, lr, 0.0, warmup, warmup_updates, trust)
+        super().__init__(learner, 0.0, warmup, warmup_updates, trust)
         self.correction = correction
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Blend:
-        rule, lr = config.rule, config.predictor.lr
-        return cls(predictor(), lr, rule.correction, rule.warmup, rule.warmup_rule == "wait", rule.trust)
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
+        rule = config.rule
+        return cls(learner(), rule.correction, rule.warmup, rule.warmup_rule == "wait", rule.trust)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         use = super().arrived(batch, h, y, g, predicted)
@@ -172,29 +154,32 @@ class Blend(Synthetic):
         return Use(self.correction * (g - predicted), update=True, send=False)
 
 
-class Local(_Learner):
+class Local(GradientRule):
     """The gradient of the predictor's own loss, nothing from below: decoupled greedy learning (arXiv:1901.08164)."""
 
     teaches = False
 
-    def __init__(self, predictor: VFBN, lr: float, warmup: int = 0) -> None:
-        super().__init__(predictor, lr)
-        self.head = predictor
+    def __init__(self, learner: Learner, warmup: int = 0) -> None:
+        assert isinstance(learner.predictor, VFBN)
+        self.learner: Learner = learner
+        self.head = learner.predictor
         self.warmup = warmup
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Local:
-        head = predictor()
-        if not isinstance(head, VFBN):
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Local:
+        taught = learner()
+        if not isinstance(taught.predictor, VFBN):
             raise ConfigError(
                 f"rule.name = local needs a predictor with a loss of its own, but predictor.name = "
                 f"{config.predictor.name}: use predictor.name = vfbn"
             )
-        return cls(head, config.predictor.lr, config.rule.warmup)
+        return cls(taught, config.rule.warmup)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         h = h.detach().requires_grad_()
-        self.descend(self.head.local_loss(h, y), [*self.parameters, h])  # one backward gives both gradients
+        self.learner.descend(
+            self.head.local_loss(h, y), [*self.learner.parameters, h]
+        )  # one backward gives both gradients
         assert h.grad is not None
         return Use(h.grad, update=batch > self.warmup, send=True)
 
@@ -211,7 +196,7 @@ class Delayed(GradientRule):
     teaches = True
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Delayed:
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Delayed:
         return cls()
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
@@ -222,7 +207,9 @@ class Delayed(GradientRule):
 
 
 class Wait(Delayed):
-    """Delayed with one batch in flight (`building.window_of`): nothing lies between, so it is exact."""
+    """Delayed with one batch in flight: nothing lies between, so it is exact."""
+
+    in_flight = 1
 
 
 class LossGradient(GradientRule):

@@ -14,6 +14,7 @@ from torch import Tensor
 from dnipipe import checkpoint
 from dnipipe.building import boundary_of, load_state, state_of
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN
 from dnipipe.split import Plan, part, plan
@@ -73,7 +74,7 @@ def test_delayed_updates_with_the_gradient_of_a_batch_long_past(delay: int) -> N
 @pytest.mark.parametrize("delay", [0, 3])
 def test_blend_with_a_guess_of_nothing_equals_delayed(delay: int) -> None:
     """Its first update does nothing (plain SGD), and the second has the whole gradient."""
-    blend = fed(make_stages(two(), lambda k: Blend(Fixed(0.0), 1e-3, 1.0), SGD), 10, delay)
+    blend = fed(make_stages(two(), lambda k: Blend(Learner(Fixed(0.0), 1e-3), 1.0), SGD), 10, delay)
     delayed = fed(make_stages(two(), lambda k: Delayed(), SGD), 10, delay)
     assert equal(blend, nn.Sequential(*(stage.module for stage in delayed)))
     assert [stage.updates for stage in blend] == [20, 10]
@@ -134,9 +135,9 @@ def test_with_a_round_trip_of_m_batches_no_gradient_is_more_than_one_update_late
 
 def test_every_rule_can_accumulate() -> None:
     for rule, updates in (
-        (lambda k: Synthetic(Fixed(0.1), 1e-3), [3, 3, 3]),
-        (lambda k: Local(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2), [3, 3, 3]),
-        (lambda k: Blend(Fixed(0.1), 1e-3, 1.0), [6, 6, 3]),  # what was predicted, and what corrects it
+        (lambda k: Synthetic(Learner(Fixed(0.1), 1e-3)), [3, 3, 3]),
+        (lambda k: Local(Learner(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2)), [3, 3, 3]),
+        (lambda k: Blend(Learner(Fixed(0.1), 1e-3), 1.0), [6, 6, 3]),  # what was predicted, and what corrects it
     ):
         stages = fed(make_stages(layers(), rule, SGD, accumulate=4), 14, delay=2)
         assert [stage.updates for stage in stages] == updates

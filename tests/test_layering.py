@@ -17,7 +17,9 @@ MAY = {
     "transport": "messages errors codec",
     "predictors": "config errors",
     "trust": "",
-    "gradient_rules": "config errors predictors trust",
+    "learner": "predictors",
+    "gradient_rules": "config errors learner predictors trust",
+    "phases": "gradient_rules",
     "randomness": "",
     "stage": "messages errors gradient_rules predictors metrics optim randomness",
     "split": "errors predictors",
@@ -34,7 +36,8 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "checkpoint config data errors gradient_rules metrics optim predictors split stage window",
+    "building": "checkpoint config data errors gradient_rules learner metrics optim phases predictors split "
+    "stage window",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage transport worker",
     "check": "building messages metrics result split stage",

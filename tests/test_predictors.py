@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
-from dnipipe.gradient_rules import Synthetic
+from dnipipe.learner import Learner
 from dnipipe.predictors import VFBN, Edge, build, loss_terms
 from tests.conftest import blobs
 
@@ -53,12 +53,12 @@ def test_a_guess_has_the_shape_of_h_and_a_step_lowers_the_loss(settings: Setting
     assert guess.shape == h.shape and not guess.requires_grad
     if settings.name != "vfbn":
         assert torch.equal(guess, torch.zeros_like(h))  # the paper: initially zero synthetic gradient
-    rule, losses = Synthetic(predictor, lr=1e-2), []
+    learner, losses = Learner(predictor, 1e-2), []
     for _ in range(8):
         value = predictor.loss(h, y, g)
         assert value is not None and value.dim() == 0
         losses.append(value.item())
-        rule.learn(h, y, g)
+        learner.learn(h, y, g)
     assert losses[-1] < losses[0]
     assert all(p.grad is None or not p.grad.any() for p in predictor.parameters())
 
@@ -98,16 +98,16 @@ def frozen(settings: Settings) -> float:
     """Cosine between guess and truth on fresh batches, after learning from a frozen network's true gradients."""
     torch.manual_seed(0)
     below = nn.Linear(8, 3)
-    rule = Synthetic(build(settings, Edge((32, 8), (32,), (32, 3), 3), loss), lr=1e-2)
+    learner = Learner(build(settings, Edge((32, 8), (32,), (32, 3), 3), loss), 1e-2)
     cosines = []
     for step, (x, y) in enumerate(blobs(600, 32)):
         y = y[torch.randperm(len(y))]  # so that a label cannot be told from h
         h = x.requires_grad_()
         (g,) = torch.autograd.grad(loss(below(h), y), h)
         if step >= 580:
-            cosines.append(F.cosine_similarity(rule.guess.predict(h, y).flatten(), g.flatten(), dim=0).item())
+            cosines.append(F.cosine_similarity(learner.predictor.predict(h, y).flatten(), g.flatten(), dim=0).item())
         else:
-            rule.learn(h.detach(), y, g)
+            learner.learn(h.detach(), y, g)
     return sum(cosines) / len(cosines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Union, get_type_hints
+from typing import Any, Literal, Union, get_args, get_type_hints
 
 from dnipipe.config.values import check, name_of
 from dnipipe.errors import ConfigError
@@ -54,6 +54,7 @@ class Rule:
     name: Literal["synthetic", "blend", "local", "delayed", "wait"] = setting(
         "synthetic", "where a stage's gradient comes from"
     )
+    then: str = setting("", "rules that follow and the batch that each begins with, e.g. 501:synthetic,1501:blend")
     bp_lambda: float = setting(
         0.0, "BP(λ): 0 bootstrapped targets, 1 the true gradient travelling from the loss", low=0.0, high=1.0
     )
@@ -165,7 +166,8 @@ class Config:
                 f"pipeline.boundaries = {list(boundaries)} cuts {len(boundaries) + 1} stages, but pipeline.stages = "
                 f"{pipeline.stages}: give one boundary fewer than stages"
             )
-        if self.rule.name == "wait" and pipeline.window not in ("auto", 1):
+        rules = {name for _, name in phases(self.rule)}
+        if rules == {"wait"} and pipeline.window not in ("auto", 1):
             raise ConfigError(
                 f"pipeline.window = {pipeline.window} with rule.name = wait: waiting is exact with one batch in "
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
@@ -182,23 +184,38 @@ class Config:
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
 
     def _check_rule(self) -> None:
-        rule = self.rule
-        if rule.name == "delayed" and rule.warmup:
+        rule, names = self.rule, {name for _, name in phases(self.rule)}
+        if names == {"delayed"} and rule.warmup:
             raise ConfigError(
                 f"rule.warmup = {rule.warmup} with rule.name = delayed: it predicts nothing that must warm up; "
                 "leave rule.warmup at 0, or use rule.name = blend"
             )
-        if rule.trust > -1 and rule.name not in ("synthetic", "blend"):
+        if rule.trust > -1 and not names & {"synthetic", "blend"}:
             raise ConfigError(
                 f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
                 "rule.trust at -1, or use rule.name = synthetic"
             )
-        if rule.name in ("delayed", "blend") and rule.bp_lambda:
+        if rule.bp_lambda and names <= {"delayed", "blend"}:
             why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"
             raise ConfigError(
                 f"rule.bp_lambda = {rule.bp_lambda} with rule.name = {rule.name}: {why}; leave rule.bp_lambda at 0, or "
                 "use rule.name = synthetic"
             )
+
+
+def phases(rule: Rule) -> list[tuple[int, str]]:
+    """(first batch id, rule) of each part of a run, in order; the first from 1 on. Raises ConfigError."""
+    known = get_args(get_type_hints(Rule)["name"])
+    found: list[tuple[int, str]] = [(1, rule.name)]
+    for part in filter(None, (word.strip() for word in rule.then.split(","))):
+        start, _, name = part.partition(":")
+        if not start.isdecimal() or int(start) <= found[-1][0] or name not in known:
+            raise ConfigError(
+                f"rule.then = {rule.then!r}: {part!r} should be BATCH:RULE, a batch id above {found[-1][0]} and one of "
+                f"{', '.join(known)}"
+            )
+        found.append((int(start), name))
+    return found
 
 
 def flat(config: Config) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,36 @@
+"""A predictor with the optimizer that teaches it: what rules that predict have in common, and what they share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dnipipe.predictors import Predictor
+
+
+class Learner:
+    """A predictor and its own Adam.
+
+    Args:
+        lr: of the Adam.
+    """
+
+    def __init__(self, predictor: Predictor, lr: float) -> None:
+        self.predictor = predictor
+        self.adam = torch.optim.Adam(predictor.parameters(), lr)
+        self.parameters: list[Tensor] = list(predictor.parameters())
+
+    def learn(self, h: Tensor, y: Tensor, g: Tensor | None) -> None:
+        """One step on the predictor's loss, if there is something to learn from."""
+        loss = self.predictor.loss(h, y, g)
+        if loss is not None:
+            self.descend(loss, self.parameters)
+
+    def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
+        """One step on this loss (0-dim), which is backpropagated to `inputs` and no further."""
+        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+__all__ = ["Learner"]
