@@ -10,7 +10,7 @@ Both answer with a `Use`, or None: nothing to do. Batch ids start at 1. A rule i
     Synthetic, λ > 0    update with ĝ              the predictor learns; send J^T (λ g + (1-λ) ĝ)
       not trusted       (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
-    Blend               update with ĝ, send J^T ĝ  the predictor learns; update with w (g - ĝ)
+    Blend               update with ĝ, send J^T ĝ  the predictor learns; w (g - ĝ) joins the next update
     Delayed, Wait                                  update with g, send J^T g
     LossGradient        update with ∂loss/∂h, send it back: the last stage                nothing arrives
 """
@@ -37,8 +37,9 @@ class Use:
     """What to do with a gradient at h."""
 
     g: Tensor  # (B, D...) like h, d(mean loss over the batch)/d(element of h)
-    update: bool  # step the optimizer with it
+    update: bool  # add it, backpropagated, to the parameters' gradients
     send: bool  # give x.grad to the stage before
+    step: bool = True  # and step the optimizer with that; False: it joins the next step
 
 
 class GradientRule(ABC):
@@ -119,11 +120,11 @@ class Synthetic(GradientRule):
 
 
 class Blend(Synthetic):
-    """Synthetic with λ = 0, and its error mended as soon as it is known: a second, late update with w (g - ĝ).
+    """Synthetic with λ = 0, and its error mended when it is known: w (g - ĝ) is backpropagated, and what that gives
+    joins the next update. Summed over a run at w = 1 a stage has then followed g, a part of it late.
 
+    It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
     Nothing is sent for it: the stage before had its answer at once. A warm-up is Synthetic's, without any blending.
-    Adam steps nearly as far for a small gradient as for a large one, so a batch makes two full steps: what was gained
-    over Synthetic on MNIST and text came with w = 0.001 almost as well. Compare with Synthetic at a higher rate.
 
     Args: correction, w; the others are Synthetic's.
     """
@@ -151,7 +152,7 @@ class Blend(Synthetic):
         if use or g is None:
             return use  # what was not used needs no mending
         assert predicted is not None
-        return Use(self.correction * (g - predicted), update=True, send=False)
+        return Use(self.correction * (g - predicted), update=True, send=False, step=False)
 
 
 class Local(GradientRule):

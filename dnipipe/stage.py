@@ -185,7 +185,7 @@ class Stage:
                 (x.grad,) = torch.autograd.grad(h, x, use.g)
         if use.send and self.index > 0:
             yield Gradient(batch, x.grad)
-        if use.update:
+        if use.update and use.step:
             with self.metrics.clock.span("optimizer"):
                 self.updates += self.descent.step(batch, late)
 

@@ -47,11 +47,12 @@ class Constant(Predictor):
 GUESS = torch.full_like(H, 0.25)
 
 
-def same(found: Use | None, expected: tuple[Tensor, bool, bool] | None) -> bool:
-    """Bitwise; (gradient, update, send)."""
+def same(found: Use | None, expected: tuple[Tensor, bool, bool] | tuple[Tensor, bool, bool, bool] | None) -> bool:
+    """Bitwise; (gradient, update, send), and whether it steps: it does if that is not said."""
     if found is None or expected is None:
         return found is None and expected is None
-    return torch.equal(found.g, expected[0]) and (found.update, found.send) == expected[1:]
+    flags = expected[1:] if len(expected) == 4 else (*expected[1:], True)
+    return torch.equal(found.g, expected[0]) and (found.update, found.send, found.step) == flags
 
 
 # -- the table ---------------------------------------------------------------------------------------------------
@@ -104,11 +105,11 @@ def test_synthetic(
 @pytest.mark.parametrize(
     ("settings", "batch", "now", "arrived"),
     [
-        ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False)),
+        ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
         # in its warm-up; the last batch of it, and the first behind it
         ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
         ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
-        ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False)),
+        ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
     ],
     ids=["blend", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
 )

@@ -67,7 +67,7 @@ class Rule:
         low=-1.0,
         high=1.0,
     )
-    correction: float = setting(0.1, "blend: weight of the late update with g - ĝ", low=1e-3)
+    correction: float = setting(1.0, "blend: weight w of g - ĝ, which joins the next update", low=1e-3)
     accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
     reschedule: int = setting(
         0, "batches over which an update that is late by n updates goes from lr/n to lr (0: at lr always)", low=0
