@@ -26,6 +26,7 @@ from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.phases import Phases
 from dnipipe.predictors import Loss
+from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.window import Window
@@ -131,9 +132,13 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
         return Learner(predictor.to(device_of(settings)), settings.predictor.lr)
 
     def rule(name: str) -> GradientRule:
+        made: GradientRule
         if index == plan.stages - 1:
-            return LossGradient(job.loss, RULES[name].teaches, measured.loss, settings.train.on_nan == "stop")
-        return RULES[name].build(settings, learner)
+            made = LossGradient(job.loss, RULES[name].teaches, measured.loss, settings.train.on_nan == "stop")
+        else:
+            made = RULES[name].build(settings, learner)
+        p, first_layer = settings.rule.p_update, plan.layers_of(index)[0]
+        return made if p == 1 else Sometimes(made, p, settings.train.seed, first_layer)
 
     rules = [(start, rule(name)) for start, name in phases(settings.rule)]
     return rules[0][1] if len(rules) == 1 else Phases(rules)

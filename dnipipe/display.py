@@ -181,7 +181,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _cosine(numbers: dict[str, float]) -> str:
-    """In brackets while most predictions are not used: in a warm-up, or not trusted."""
+    """In brackets while the stage does not update at once on most batches: a warm-up, no trust, rule.p_update."""
     shown = _number(numbers.get("cosine"), ".2f")
     return f"({shown})" if shown != "-" and numbers.get("at_once", 1.0) < 0.5 else shown
 

@@ -3,7 +3,8 @@
     now(batch, h, y)                 the batch has just been computed: a gradient for it, at once?
     arrived(batch, h, y, g, ĝ)       the next stage's gradient g is here: what is to be done with it?
 
-Both answer with a `Use`, or None: nothing to do. Batch ids start at 1. A rule is one class here and one line in RULES.
+Both answer with a `Use`, or None: nothing to do; `now` also with a `Skip`: leave the batch out. Batch ids start at 1.
+A rule is one class here and one line in RULES.
 
                         now                        arrived
     Synthetic, λ = 0    update with ĝ, send J^T ĝ  the predictor learns
@@ -42,6 +43,13 @@ class Use:
     step: bool = True  # and step the optimizer with that; False: it joins the next step
 
 
+@dataclass(frozen=True)
+class Skip:
+    """The stage never updates on this batch, and the stage before is told so at once."""
+
+    why: str  # counted under this in the metrics
+
+
 class GradientRule(ABC):
     """One stage's source of gradients."""
 
@@ -56,7 +64,7 @@ class GradientRule(ABC):
         return self
 
     @abstractmethod
-    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         """What to do with the batch at once."""
 
     @abstractmethod
@@ -105,12 +113,13 @@ class Synthetic(GradientRule):
         return Use(self.learner.predictor.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
-        self.learner.learn(h, y, g)
         unused = batch in self._unused
         self._unused.discard(batch)
         if g is None:
             return None
-        assert predicted is not None
+        self.learner.learn(h, y, g)
+        if predicted is None:
+            return None  # nothing was asked of this batch
         self.trust.observe(predicted, g)
         if unused:
             return Use(g, update=self.warmup_updates, send=True)
@@ -149,9 +158,8 @@ class Blend(Synthetic):
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         use = super().arrived(batch, h, y, g, predicted)
-        if use or g is None:
+        if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        assert predicted is not None
         return Use(self.correction * (g - predicted), update=True, send=False, step=False)
 
 
@@ -235,7 +243,7 @@ class LossGradient(GradientRule):
         self.observe = observe
         self.stop_on_nan = stop_on_nan
 
-    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip:
         h = h.detach().requires_grad_()
         value = self.loss(h, y)
         if not torch.isfinite(value):
@@ -244,7 +252,7 @@ class LossGradient(GradientRule):
                     f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
                     "or go on without such batches with train.on_nan = skip"
                 )
-            return None
+            return Skip("loss not finite")
         (g,) = torch.autograd.grad(value, h)
         self.observe(value.detach(), loss_terms(y))
         return Use(g, update=True, send=True)

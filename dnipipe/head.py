@@ -175,7 +175,7 @@ class Head:
                 accuracy = (correct.sum() / terms.sum()).item() if (correct >= 0).all() else None
                 self.evaluation = ((total.sum() / terms.sum()).item(), accuracy)
                 del self._open[batch]
-                self.metrics.evaluated(*self.evaluation)
+                self.metrics.evaluated(batch, *self.evaluation)
                 self.display.evaluation(batch, *self.evaluation)
 
     def _complete(self, batch: int) -> None:

@@ -20,7 +20,7 @@ class Learner:
         self.adam = torch.optim.Adam(predictor.parameters(), lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
 
-    def learn(self, h: Tensor, y: Tensor, g: Tensor | None) -> None:
+    def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
         """One step on the predictor's loss, if there is something to learn from."""
         loss = self.predictor.loss(h, y, g)
         if loss is not None:

@@ -27,11 +27,12 @@ def factory(config: Config) -> OptimizerFactory:
 
 
 def schedule(config: Config, total: int) -> Schedule:
-    """Rise linearly over optimizer.warmup batches; then stay, or fall (linearly, as a cosine) towards 0.
+    """Rise linearly over optimizer.warmup batches; then stay, fall towards 0 (linearly, as a cosine), or fall in steps.
 
-    The last batch, `total`, still counts; 0 is where the next one would be.
+    The last batch, `total`, still counts; 0 is where the next one would be. A step is to a tenth, behind each batch of
+    optimizer.drops.
     """
-    kind, warmup = config.optimizer.schedule, config.optimizer.warmup
+    kind, warmup, drops = config.optimizer.schedule, config.optimizer.warmup, config.optimizer.drops
 
     def factor(batch: int) -> float:
         if batch <= warmup:
@@ -39,6 +40,8 @@ def schedule(config: Config, total: int) -> Schedule:
         done = (batch - 1 - warmup) / max(1, total - warmup)
         if kind == "linear":
             return max(0.0, 1.0 - done)
+        if kind == "steps":
+            return float(0.1 ** sum(batch > drop for drop in drops))
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))) if kind == "cosine" else 1.0
 
     return factor

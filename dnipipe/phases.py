@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dnipipe.gradient_rules import GradientRule, Use
+from dnipipe.gradient_rules import GradientRule, Skip, Use
 
 
 class Phases(GradientRule):
@@ -30,7 +30,7 @@ class Phases(GradientRule):
     def at(self, batch: int) -> GradientRule:
         return self.rules[bisect_right(self.starts, batch) - 1]
 
-    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         return self.at(batch).now(batch, h, y)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:

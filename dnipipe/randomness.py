@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 
 import torch
@@ -16,3 +17,13 @@ def reseed(*what: object) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
+
+
+def chance(probability: float, *what: object) -> bool:
+    """True with this probability, as (what…) alone decides; torch's generators stay where they are.
+
+    A cryptographic hash: the crc32 of one stage's batch ids and of another's differ by a constant, so that the draws of
+    two stages would hang together.
+    """
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < probability * 2**64

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dnipipe.errors import MessageError
-from dnipipe.gradient_rules import GradientRule, Use
+from dnipipe.gradient_rules import GradientRule, Skip, Use
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
@@ -50,6 +50,7 @@ class Pending:
     y: Tensor
     predicted: Tensor | None  # ĝ, if the rule made one
     updated: bool  # the stage has already stepped on this batch
+    skipped: bool  # and this one never will
     answered: bool  # the stage before already has its Gradient
     updates: int  # how many updates the stage had made when it sent h
 
@@ -137,21 +138,24 @@ class Stage:
             yield Activation(batch, out, y)  # 2
         with self.metrics.clock.span("predictor"):
             use = rule.now(batch, out, y)  # 3
+        skip, use = (use, None) if isinstance(use, Skip) else (None, use)
+        done = skip or (use and use.update and use.send and not rule.again)
         pending = Pending(
-            x=None if use and use.update and use.send and not rule.again else x.detach(),
+            x=None if done else x.detach(),
             h=out,
             y=y,
             predicted=use.g if use else None,
             updated=use is not None and use.update,
+            skipped=skip is not None,
             answered=use is not None and use.send,
             updates=self.updates,
         )
-        if use:
+        if skip:
+            yield from self._skip(batch, skip.why)
+        elif use:
             yield from self._apply(batch, x, h, use)  # 4
         if not self.last:
             self.pending[batch] = pending  # 5
-        elif use is None:
-            yield from self._skip(batch, "loss not finite")
         self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
@@ -170,7 +174,7 @@ class Stage:
             with self.metrics.clock.span("forward"):
                 h = self._forward_again(batch, x)
             yield from self._apply(batch, x, h, use, late)
-        elif g is None and rule.teaches:
+        elif g is None and rule.teaches and not pending.skipped:
             yield from self._skip(batch, "no gradient came", answered=pending.answered)
         if batch in self.save_after:
             self.save_after.remove(batch)
@@ -230,7 +234,7 @@ class Stage:
         if not self.last:
             yield message
         pending = self.pending.get(message.batch)
-        if pending is not None and not pending.updated:
+        if pending is not None and not pending.updated and not pending.skipped:
             self.save_after.add(message.batch)
         else:
             yield Saved(message.batch, self.index)

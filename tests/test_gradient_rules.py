@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnipipe.config import build
 from dnipipe.errors import ConfigError, NonFiniteLoss
-from dnipipe.gradient_rules import RULES, Blend, Delayed, GradientRule, Local, LossGradient, Synthetic, Use, Wait
+from dnipipe.gradient_rules import RULES, Blend, Delayed, GradientRule, Local, LossGradient, Skip, Synthetic, Use, Wait
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN, Predictor
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped_and_never_told(bad: float
 
     with pytest.raises(NonFiniteLoss, match=rf"the loss is {bad} at batch 7: .*train\.on_nan = skip"):
         rule(stop=True).now(7, H, Y)
-    assert rule(stop=False).now(7, H, Y) is None
+    assert rule(stop=False).now(7, H, Y) == Skip("loss not finite")
     assert told == []
 
 

@@ -21,6 +21,7 @@ MAY = {
     "gradient_rules": "config errors learner predictors trust",
     "phases": "gradient_rules",
     "randomness": "",
+    "sometimes": "gradient_rules randomness",
     "stage": "messages errors gradient_rules predictors metrics optim randomness",
     "split": "errors predictors",
     "models": "config errors",
@@ -36,7 +37,7 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "checkpoint config data errors gradient_rules learner metrics optim phases predictors split "
+    "building": "checkpoint config data errors gradient_rules learner metrics optim phases predictors sometimes split "
     "stage window",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage transport worker",
@@ -93,6 +94,13 @@ def test_nobody_imports_upwards() -> None:
         and name not in MAY[room].split()
     ]
     assert wrong == []
+
+
+def test_benchmarks_see_the_settings_and_the_command_line_only() -> None:
+    """A cell is what a person can type; so what runs it needs nothing else of the package."""
+    allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors"}
+    used = {name for path in (PACKAGE.parent / "benchmarks").rglob("*.py") for name in imports(path)}
+    assert not [name for name in used if name.startswith("dnipipe") and not name.startswith(tuple(allowed))]
 
 
 def test_stage_and_transport_never_see_each_other() -> None:

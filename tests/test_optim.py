@@ -53,6 +53,10 @@ def test_each_batch_of_a_run_of_five(kind: str, warmup: int, expected: list[floa
     assert factors(5, schedule=kind, warmup=warmup) == pytest.approx(expected, abs=1e-15)
 
 
+def test_a_rate_falls_to_a_tenth_behind_each_drop() -> None:
+    assert factors(7, schedule="steps", warmup=1, drops=[3, 5]) == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_it_only_falls_after_the_warm_up_and_never_stops_learning(kind: str, warmup: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_type_hints
 
-from dnipipe.config.values import check, name_of
+from dnipipe.config.values import check, hints, name_of
 from dnipipe.errors import ConfigError
 
 
@@ -67,6 +67,9 @@ class Rule:
         low=-1.0,
         high=1.0,
     )
+    p_update: float = setting(
+        1.0, "probability with which a stage updates on a batch; each stage draws for itself", low=1e-3, high=1.0
+    )
     correction: float = setting(1.0, "blend: weight w of g - ĝ, which joins the next update", low=1e-3)
     accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
     reschedule: int = setting(
@@ -92,7 +95,10 @@ class Optimizer:
     momentum: float = setting(0.0, "of sgd", low=0.0, high=1.0)
     beta1: float = setting(0.9, "momentum of adam, adamw and nadam", low=0.0, high=0.999)
     clip: float = setting(0.0, "largest norm of a stage's gradient (0: no limit)", low=0.0)
-    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "how lr falls over the run, by batch id")
+    schedule: Literal["constant", "linear", "cosine", "steps"] = setting(
+        "constant", "how lr falls over the run, by batch id"
+    )
+    drops: tuple[int, ...] = setting((), "steps: batches behind each of which lr is a tenth, e.g. 300000,400000")
     warmup: int = setting(0, "batches over which lr rises from 0", low=0)
 
 
@@ -173,6 +179,7 @@ class Config:
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
             )
         self._check_rule()
+        self._check_schedule()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
         if self.transport.delay and self.transport.kind != "local":
@@ -182,6 +189,12 @@ class Config:
             )
         if self.data.evaluate == "test" and self.data.name != "mnist":
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
+
+    def _check_schedule(self) -> None:
+        schedule, drops = self.optimizer.schedule, self.optimizer.drops
+        if (schedule == "steps") != bool(drops):
+            way = "name the batches, e.g. 300000,400000" if schedule == "steps" else "use optimizer.schedule = steps"
+            raise ConfigError(f"optimizer.drops = {list(drops)} with optimizer.schedule = {schedule}: {way}")
 
     def _check_rule(self) -> None:
         rule, names = self.rule, {name for _, name in phases(self.rule)}
@@ -194,6 +207,11 @@ class Config:
             raise ConfigError(
                 f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
                 "rule.trust at -1, or use rule.name = synthetic"
+            )
+        if rule.p_update < 1 and rule.accumulate > 1:
+            raise ConfigError(
+                f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
+                "make an update of fewer than it is averaged over; set one of the two to 1"
             )
         if rule.bp_lambda and names <= {"delayed", "blend"}:
             why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"
@@ -239,9 +257,9 @@ def shared_settings(config: Config) -> tuple[str, ...]:
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(section.key, type, default, explanation) of every setting."""
     for section in fields(Config):
-        kind = get_type_hints(Config)[section.name]
+        kind = hints(Config)[section.name]
         for item in fields(kind):
-            hint = get_type_hints(kind)[item.name]
+            hint = hints(kind)[item.name]
             yield f"{section.name}.{item.name}", name_of(hint), item.default, item.metadata["help"]
 
 

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from dnipipe.config.settings import Config, describe
-from dnipipe.config.values import nearest
+from dnipipe.config.values import hints, nearest
 from dnipipe.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -41,7 +41,7 @@ def default() -> dict[str, dict[str, Any]]:
 
 def build(values: Mapping[str, Any]) -> Config:
     """Nested plain values, as TOML gives them, into a checked Config."""
-    sections = get_type_hints(Config)
+    sections = hints(Config)
     parts = {}
     for section, table in values.items():
         if section not in sections:
@@ -61,7 +61,7 @@ def build(values: Mapping[str, Any]) -> Config:
 
 def _convert(kind: type, key: str, value: Any) -> Any:
     """TOML has lists where we have tuples, and writes 1 where 1.0 is meant; all else stays, to be checked."""
-    hint = get_type_hints(kind)[key]
+    hint = hints(kind)[key]
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
     if hint is float and type(value) is int:
@@ -98,8 +98,8 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _parse(name: str, text: str) -> Any:
     """A word from the command line, read as its setting's type wants; what does not fit stays text, to be refused."""
     section, _, key = name.partition(".")
-    kind = get_type_hints(Config).get(section)
-    hint = get_type_hints(kind).get(key) if kind else None
+    kind = hints(Config).get(section)
+    hint = hints(kind).get(key) if kind else None
     try:
         if get_origin(hint) is tuple:
             return tuple(int(part) for part in text.split(",") if part)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dnipipe.errors import ConfigError
 
 
+@cache
+def hints(section: type) -> dict[str, Any]:
+    """Its settings' types; looked up once, for a grid of runs reads a thousand configurations."""
+    return get_type_hints(section)
+
+
 def check(name: str, value: Any, section: type, key: str) -> None:
-    hint = get_type_hints(section)[key]
+    hint = hints(section)[key]
     item = next(item for item in fields(section) if item.name == key)
     if not _fits(value, hint):
         choices = _choices(hint)

@@ -99,8 +99,10 @@ class StageMetrics:
     def skip(self, reason: str) -> None:
         self.skipped[reason] += 1
 
-    def evaluated(self, loss: float, accuracy: float | None) -> None:
-        self._evaluation = {"eval.loss": loss} | ({} if accuracy is None else {"eval.accuracy": accuracy})
+    def evaluated(self, batch: int, loss: float, accuracy: float | None) -> None:
+        """Of the model as it was after `batch`: on a slow link its answers come many batches later."""
+        found = {"eval.batch": float(batch), "eval.loss": loss}
+        self._evaluation = found | ({} if accuracy is None else {"eval.accuracy": accuracy})
 
     def numbers(self, pending: int, window: int) -> dict[str, float]:
         """What happened since the last call, for a line of metrics. Absent: not measured, or not finite."""

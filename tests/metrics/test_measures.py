@@ -151,10 +151,10 @@ def test_the_seconds_before_the_run_are_nobodys() -> None:
 
 def test_an_evaluation_stands_in_one_line() -> None:
     metrics = measured()
-    metrics.evaluated(2.5, 0.25)
-    assert metrics.numbers(0, 1).items() >= {"eval.loss": 2.5, "eval.accuracy": 0.25}.items()
+    metrics.evaluated(40, 2.5, 0.25)
+    assert metrics.numbers(0, 1).items() >= {"eval.batch": 40, "eval.loss": 2.5, "eval.accuracy": 0.25}.items()
     assert "eval.loss" not in metrics.numbers(0, 1)
-    metrics.evaluated(float("nan"), None)
+    metrics.evaluated(40, float("nan"), None)
     assert not {"eval.loss", "eval.accuracy"} & set(metrics.numbers(0, 1))
 
 

@@ -1,0 +1,1 @@
+"""Does decoupled training learn as well as backprop? `python -m benchmarks.learning`; what is compared: README.md."""

@@ -1,0 +1,196 @@
+"""The study: which rules, tasks, numbers of stages, delays and seeds, and how a rule's learning rate is chosen.
+
+for each task, rule and delay      three runs, one a rate: STAGES stages, seed 0      on data that is held out
+the rate with the lowest loss   ─► a run for each number of stages and each seed      what the tables show
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from benchmarks.cells import Cell, Records
+
+STAGES, SEED = 4, 0  # of the runs that choose a rate
+SEARCH = "rate"  # the label of such a run
+
+# What `synthetic` is recommended with; the one place to change when research goes on.
+RECOMMENDED = ("--rule.name", "synthetic", "--predictor.hidden", "1")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of the tables.
+
+    Args:
+        words: its settings.
+        late: whether a delay changes what it computes; if not, it is run at the first one only.
+        tuned_as: the rule whose rate it takes, where both compute the same.
+    """
+
+    words: tuple[str, ...]
+    late: bool = True
+    tuned_as: str = ""
+
+
+SYNTHETIC = ("--rule.name", "synthetic")
+DELAYED = ("--rule.name", "delayed")
+RULES = {
+    "sync": Rule((), late=False),  # one stage, one process: plain autograd
+    "wait": Rule(("--rule.name", "wait"), late=False, tuned_as="sync"),  # exact backprop, bitwise
+    "local": Rule(("--rule.name", "local"), late=False),
+    "local-1": Rule(("--rule.name", "local", "--predictor.hidden", "1"), late=False),
+    "delayed": Rule(DELAYED),
+    "delayed-4": Rule((*DELAYED, "--rule.accumulate", "4")),
+    "blend": Rule(("--rule.name", "blend", "--predictor.hidden", "1")),
+    "linear": Rule((*SYNTHETIC, "--predictor.name", "linear")),
+    "mlp": Rule((*SYNTHETIC, "--predictor.name", "mlp")),
+    "vfbn": Rule((*SYNTHETIC, "--predictor.name", "vfbn")),
+    "vfbn-1": Rule((*SYNTHETIC, "--predictor.name", "vfbn", "--predictor.hidden", "1")),
+    "synthetic": Rule(RECOMMENDED),
+}
+IMAGES = {"linear": ("conv", "0"), "mlp": ("conv", "1")}  # predictor -> its kind and hidden layers for a CNN
+
+
+@dataclass(frozen=True)
+class Task:
+    """Args:
+    config: what all its cells have in common.
+    figure: "loss", or "error" in percent.
+    rates: the learning rates that are tried.
+    search: settings of the runs that choose among them.
+    models: K -> settings of the model that is cut into so many stages, where it is another one.
+    quick: settings of a run that only shows that everything works.
+    images: its activations are images, which need other predictors.
+    """
+
+    config: str
+    figure: str
+    rates: tuple[str, ...]
+    search: tuple[str, ...]
+    quick: tuple[str, ...]
+    models: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    images: bool = False
+
+
+VALIDATION = ("--data.evaluate", "validation")
+TASKS = {
+    "mnist-mlp": Task(
+        "benchmarks/learning/mnist-mlp.toml",
+        figure="error",
+        rates=("3e-4", "1e-3", "3e-3"),
+        search=VALIDATION,
+        quick=("--train.batches", "150", "--data.limit", "10000", "--eval.every", "50"),
+    ),
+    "mnist-cnn": Task(
+        "benchmarks/learning/mnist-cnn.toml",
+        figure="error",
+        rates=("3e-4", "1e-3", "3e-3"),
+        search=VALIDATION,
+        quick=("--train.batches", "30", "--data.limit", "2000", "--eval.every", "10", "--model.width", "8"),
+        models={8: ("--model.layers", "7")},
+        images=True,
+    ),
+    "lm": Task(
+        "benchmarks/learning/lm.toml",
+        figure="loss",
+        rates=("3e-4", "1e-3", "2e-3"),
+        search=("--train.batches", "600"),  # the same held-out text reports: so a shorter run, of one seed, chooses
+        quick=("--train.batches", "60", "--data.limit", "100000", "--eval.every", "20", "--model.width", "64"),
+        models={8: ("--model.layers", "8")},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What is crossed with what."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    rules: tuple[str, ...] = tuple(RULES)
+    stages: tuple[int, ...] = (2, 4, 8)
+    delays: tuple[int, ...] = (0, 2, 8)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+QUICK = Axes(rules=("sync", "local-1", "delayed", "synthetic"), stages=(4,), delays=(0, 8), seeds=(0,))
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Args:
+    axes: of the tables. wanted: of what is run, a part of them.
+    quick: few, small batches, and the middle one of the rates unseen.
+    """
+
+    axes: Axes = Axes()
+    wanted: Axes = Axes()
+    quick: bool = False
+
+    def cells(self, records: Records) -> list[Cell]:
+        """The searches, and the runs of the tables: as long as its rate is not chosen, such a run waits."""
+        found: list[Cell] = []
+        for task in self.wanted.tasks:
+            for rule in self.wanted.rules:
+                for delay in self.delays(rule, self.wanted.delays):
+                    found += [] if self.quick or RULES[rule].tuned_as else self.searches(task, rule, delay)
+                    found += [
+                        self.cell(task, rule, stages, delay, seed, records)
+                        for seed in self.wanted.seeds
+                        for stages in self.wanted.stages
+                    ]
+        return found
+
+    def delays(self, rule: str, wanted: Iterable[int]) -> tuple[int, ...]:
+        """Those at which a rule is run; one that no delay changes is run at 0 only."""
+        return tuple(wanted) if RULES[rule].late else (0,)
+
+    def searches(self, task: str, rule: str, delay: int) -> list[Cell]:
+        """A run for each rate."""
+        return [
+            Cell(
+                task,
+                {"rule": rule, "delay": delay, SEARCH: rate},
+                TASKS[task].config,
+                (*TASKS[task].search, *_words(task, rule, STAGES, delay, SEED), "--optimizer.lr", rate),
+            )
+            for rate in TASKS[task].rates
+        ]
+
+    def rate(self, task: str, rule: str, delay: int, records: Records) -> str | None:
+        """The chosen one, by the loss at the end on data held out; None: some of the runs that decide are missing."""
+        rates = TASKS[task].rates
+        if self.quick:
+            return rates[len(rates) // 2]
+        if RULES[rule].tuned_as:
+            return self.rate(task, RULES[rule].tuned_as, delay, records)
+        found = [records.of(cell) for cell in self.searches(task, rule, delay)]
+        losses = [float("inf") if one.loss is None else one.loss for one in found if one is not None]
+        return rates[losses.index(min(losses))] if len(losses) == len(rates) else None
+
+    def cell(self, task: str, rule: str, stages: int, delay: int, seed: int, records: Records) -> Cell:
+        """A run of the tables."""
+        rate = self.rate(task, rule, delay, records)
+        words = (
+            *(TASKS[task].quick if self.quick else ()),
+            *TASKS[task].models.get(stages, ()),
+            *_words(task, rule, stages, delay, seed),
+            *("--optimizer.lr", rate or TASKS[task].rates[0]),
+        )
+        labels = {"rule": rule, "delay": delay, "stages": stages, "seed": seed}
+        return Cell(task, labels, TASKS[task].config, words, waits=rate is None)
+
+
+def _words(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[str, ...]:
+    words = RULES[rule].words
+    if TASKS[task].images and rule in IMAGES:
+        kind, hidden = IMAGES[rule]
+        words = (*SYNTHETIC, "--predictor.name", kind, "--predictor.hidden", hidden)
+    if rule == "sync":
+        return ("--pipeline.stages", "1", "--train.seed", str(seed))
+    return (
+        *words,
+        *("--pipeline.stages", str(stages)),
+        *("--transport.delay", str(delay)),
+        *("--train.seed", str(seed)),
+    )
