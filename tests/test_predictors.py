@@ -39,6 +39,10 @@ EVERY = [
     ),
     *((Settings(name="conv", condition=c), IMAGES) for c in (True, False)),
     *((Settings(name="vfbn", hidden=n), e) for n in (0, 2) for e in (SAMPLES, TOKENS, SEQUENCE, IMAGES, VALUES)),
+    (Settings(name="vfbn", attention=2, hidden=1), TOKENS),
+    (Settings(name="vfbn", attention=4), SEQUENCE),
+    *((Settings(name="vfbn", sampled=4, hidden=n), TOKENS) for n in (0, 1)),
+    *((Settings(name="vfbn", similarity=0.9), e) for e in (SAMPLES, TOKENS)),
     (Settings(name="linear", condition=False), VALUES),
 ]
 
@@ -135,6 +139,11 @@ def test_without_labels_it_cannot_be_found() -> None:
         (Settings(name="linear"), IMAGES, r"shape \(6, 4, 7, 7\): use predictor.name = conv"),
         (Settings(name="conv"), SAMPLES, r"needs an activation \(B, C, H, W\)"),
         (Settings(name="linear"), VALUES, "are no classes.*condition = false"),
+        (Settings(name="vfbn", attention=3), TOKENS, r"attention = 3 needs .* D a multiple of it, .*\(2, 5, 8\)"),
+        (Settings(name="vfbn", attention=2), SAMPLES, r"needs an activation \(B, T, D\)"),
+        (Settings(name="vfbn", sampled=1), VALUES, "labels are no classes: leave predictor.sampled at 0"),
+        (Settings(name="vfbn", similarity=0.5), IMAGES, "needs rows with a class each"),
+        (Settings(name="vfbn", similarity=0.5), VALUES, "are no classes: set predictor.similarity = 0"),
         (Settings(name="vfbn"), Edge((6, 8), (6, 4, 4), (6, 3, 4, 4), 3), "vfbn cannot guess"),
     ],
 )

@@ -84,6 +84,13 @@ class Predictor:
     hidden: int = setting(-1, "hidden layers (-1: the kind's own: vfbn and linear 0, mlp 1, conv 2)", low=-1, high=8)
     width: int = setting(0, "features of a hidden layer (0: the kind's own)", low=0)
     lr: float = setting(3e-3, "learning rate of the predictor's Adam", low=0.0)
+    attention: int = setting(0, "vfbn: heads of a causal attention at the head's entrance, for tokens (0: none)", low=0)
+    sampled: int = setting(
+        0, "vfbn: classes that its head scores besides those of the batch, for a large vocabulary (0: all)", low=0
+    )
+    similarity: float = setting(
+        0.0, "vfbn: share of the similarity loss in its own loss (predsim, with rule.name = local)", low=0.0, high=1.0
+    )
     matching: float = setting(0.1, "vfbn: weight of the squared distance to the arriving gradient", low=0.0)
 
 
