@@ -110,7 +110,7 @@ class Synthetic(GradientRule):
         trusted = batch > self.warmup and self.trust.good
         if not trusted:
             self._unused.add(batch)
-        return Use(self.learner.predictor.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
+        return Use(self.learner.guess(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         unused = batch in self._unused
@@ -169,9 +169,7 @@ class Local(GradientRule):
     teaches = False
 
     def __init__(self, learner: Learner, warmup: int = 0) -> None:
-        assert isinstance(learner.predictor, VFBN)
         self.learner: Learner = learner
-        self.head = learner.predictor
         self.warmup = warmup
 
     @classmethod
@@ -185,12 +183,7 @@ class Local(GradientRule):
         return cls(taught, config.rule.warmup)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
-        h = h.detach().requires_grad_()
-        self.learner.descend(
-            self.head.local_loss(h, y), [*self.learner.parameters, h]
-        )  # one backward gives both gradients
-        assert h.grad is not None
-        return Use(h.grad, update=batch > self.warmup, send=True)
+        return Use(self.learner.guess(h, y), update=batch > self.warmup, send=True)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         return None

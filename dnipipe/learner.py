@@ -20,8 +20,18 @@ class Learner:
         self.adam = torch.optim.Adam(predictor.parameters(), lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
 
+    def guess(self, h: Tensor, y: Tensor) -> Tensor:
+        """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
+        h = h.detach().requires_grad_()
+        loss = self.predictor.own_loss(h, y)
+        if loss is None:
+            return self.predictor.predict(h, y)
+        self.descend(loss, [*self.parameters, h])
+        assert h.grad is not None
+        return h.grad
+
     def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
-        """One step on the predictor's loss, if there is something to learn from."""
+        """What the gradient g that arrived for h (both (B, D...)) teaches."""
         loss = self.predictor.loss(h, y, g)
         if loss is not None:
             self.descend(loss, self.parameters)

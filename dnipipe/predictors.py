@@ -35,15 +35,19 @@ def loss_terms(y: Tensor) -> int:
 
 
 class Predictor(nn.Module, ABC):
-    """What a gradient rule asks of a predictor."""
+    """What a learner (learner.py) asks of a predictor. It either computes ĝ, or has a loss whose gradient ĝ is."""
 
-    @abstractmethod
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
-        """ĝ for h (B, D...), of h's shape and the wire's unit, detached."""
+        """ĝ for h (B, D...), of h's shape and the wire's unit, detached: of a predictor without a loss of its own."""
+        raise NotImplementedError
+
+    def own_loss(self, h: Tensor, y: Tensor) -> Tensor | None:
+        """What to minimise at once, 0-dim, and what ĝ is the gradient of at h; None: it has none, and `predict`s."""
+        return None
 
     @abstractmethod
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
-        """What to minimise, 0-dim: distance to the gradient g that arrived. None if there is nothing to learn from."""
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor | None:
+        """What to minimise, 0-dim: distance to the gradient g that arrived. None if it does not learn from it."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,8 @@ class Regression(Predictor):
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
         return cast(Tensor, self(h, y)) / loss_terms(y)
 
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """(1/N) Σ (M(h, y) − N·g)²: summed over features, averaged over loss terms."""
-        if g is None:
-            return None
         n = loss_terms(y)
         return (cast(Tensor, self(h, y)) - n * g).square().sum() / n
 
@@ -147,10 +149,11 @@ def _zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Module:
 class VFBN(Predictor):
     """ĝ = ∂/∂h loss(A(h), y): a small head A is trained so that its own gradient is the one that arrives.
 
-    It minimises  loss(A(h), y) + matching · (1/N) Σ (N·ĝ − N·g)².  The first part is the local loss: alone, it is
-    greedy layer-wise training (Belilovsky et al. 2019). The second needs the head's second derivative, so nothing in A
-    may be a fused kernel without one (attention). Source: Miyato et al., ICLR 2017 workshop, "Synthetic gradient
-    methods with virtual forward-backward networks".
+    It minimises  loss(A(h), y)  as soon as h is there, and  matching · (1/N) Σ (N·ĝ − N·g)²  when g is. The first is
+    the local loss: alone, it is greedy layer-wise training (Belilovsky et al. 2019). Learnt as late as g, it lets the
+    head lag behind its stage, and under eight batches a hop training goes backwards (docs/learning.md). The second
+    needs the head's second derivative, so nothing in A may be a fused kernel without one. Source: Miyato et al., ICLR
+    2017 workshop, "Synthetic gradient methods with virtual forward-backward networks".
 
     Args:
         head: A, from h to the model's output; or to features, of which `scores` makes the output.
@@ -175,7 +178,7 @@ class VFBN(Predictor):
         self.similarity = similarity[0] if similarity else None
         self.share = similarity[1] if similarity else 0.0
 
-    def local_loss(self, h: Tensor, y: Tensor) -> Tensor:
+    def own_loss(self, h: Tensor, y: Tensor) -> Tensor:
         if self.scores is None:
             loss = self.task_loss(self.head(h), y)
         else:
@@ -184,19 +187,12 @@ class VFBN(Predictor):
             return loss
         return (1 - self.share) * loss + self.share * cast(Tensor, self.similarity(h, y))
 
-    def predict(self, h: Tensor, y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            h = h.detach().requires_grad_()
-            (predicted,) = torch.autograd.grad(self.local_loss(h, y), h)
-        return predicted
-
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor:
-        if g is None or self.matching == 0:
-            return self.local_loss(h, y)
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor | None:
+        if self.matching == 0:
+            return None
         h = h.detach().requires_grad_()
-        local = self.local_loss(h, y)
-        (predicted,) = torch.autograd.grad(local, h, create_graph=True)
-        return local + self.matching * loss_terms(y) * (predicted - g).square().sum()
+        (predicted,) = torch.autograd.grad(self.own_loss(h, y), h, create_graph=True)
+        return self.matching * loss_terms(y) * (predicted - g).square().sum()
 
 
 # -- the registry ------------------------------------------------------------------------------------------------

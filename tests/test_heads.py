@@ -70,7 +70,7 @@ def test_a_50_000_word_vocabulary_costs_a_tenth_of_its_stage() -> None:
 
     def cost(settings: Settings) -> int:
         learner = Learner(build(settings, edge, cross_entropy), 1e-3)
-        return operations(lambda: learner.learn(h, y, learner.predictor.predict(h, y)))
+        return operations(lambda: learner.learn(h, y, learner.guess(h, y)))
 
     whole = operations(lambda: stage(h.requires_grad_()).sum().backward())
     assert cost(Settings(sampled=64)) < 0.1 * whole < cost(Settings())
@@ -93,7 +93,7 @@ def test_a_sampled_head_learns_what_the_whole_one_does() -> None:
         learner = Learner(predictor, 3e-2)
         for _ in range(300):
             y = torch.randint(200, (64,))
-            learner.descend(predictor.local_loss(places[y], y), learner.parameters)
+            learner.guess(places[y], y)
         scores = predictor.scores or predictor.head[0]  # type: ignore[index]
         everything = torch.arange(200)
         return F.cross_entropy(scores(places), everything).item()
@@ -129,4 +129,4 @@ def test_the_share_of_the_similarity_loss() -> None:
     assert isinstance(predictor, VFBN) and predictor.similarity is not None
     h, y = torch.randn(6, 8), torch.randint(3, (6,))
     expected: Tensor = 0.75 * F.cross_entropy(predictor.head(h), y) + 0.25 * predictor.similarity(h, y)
-    torch.testing.assert_close(predictor.local_loss(h, y), expected)
+    torch.testing.assert_close(predictor.own_loss(h, y), expected)

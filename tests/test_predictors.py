@@ -53,17 +53,22 @@ def test_a_guess_has_the_shape_of_h_and_a_step_lowers_the_loss(settings: Setting
     predictor = build(settings, edge, loss)
     h, y = example(edge)
     g = torch.randn_like(h) / loss_terms(y)
-    guess = predictor.predict(h, y)
+    learner, losses, own = Learner(predictor, 1e-2), [], []
+    guess = learner.guess(h, y)
     assert guess.shape == h.shape and not guess.requires_grad
     if settings.name != "vfbn":
         assert torch.equal(guess, torch.zeros_like(h))  # the paper: initially zero synthetic gradient
-    learner, losses = Learner(predictor, 1e-2), []
     for _ in range(8):
-        value = predictor.loss(h, y, g)
+        value, at_once = predictor.loss(h, y, g), predictor.own_loss(h, y)
         assert value is not None and value.dim() == 0
         losses.append(value.item())
-        learner.learn(h, y, g)
-    assert losses[-1] < losses[0]
+        if at_once is None:
+            learner.learn(h, y, g)
+        else:
+            own.append(at_once.item())
+            learner.guess(h, y)
+    assert bool(own) is (settings.name == "vfbn")
+    assert (own or losses)[-1] < (own or losses)[0]
     assert all(p.grad is None or not p.grad.any() for p in predictor.parameters())
 
 
@@ -77,7 +82,8 @@ def test_targets_do_not_shrink_with_the_batch(settings: Settings) -> None:
     once = predictor.loss(h, y, g)
     twice = predictor.loss(torch.cat([h, h]), torch.cat([y, y]), torch.cat([g, g]) / 2)
     torch.testing.assert_close(once, twice)
-    torch.testing.assert_close(predictor.predict(torch.cat([h, h]), torch.cat([y, y]))[:6], predictor.predict(h, y) / 2)
+    learner = Learner(predictor, 0.0)
+    torch.testing.assert_close(learner.guess(torch.cat([h, h]), torch.cat([y, y]))[:6], learner.guess(h, y) / 2)
 
 
 def test_the_regression_loss_is_summed_over_features_and_averaged_over_terms() -> None:
@@ -93,9 +99,22 @@ def test_vfbn_guesses_its_heads_own_gradient() -> None:
     assert isinstance(predictor, VFBN)
     h, y = example(SAMPLES)
     h.requires_grad_()
-    predictor.local_loss(h, y).backward()
-    assert h.grad is not None
-    torch.testing.assert_close(predictor.predict(h, y), h.grad)
+    (expected,) = torch.autograd.grad(predictor.own_loss(h, y), h)
+    before = predictor.own_loss(h, y).item()
+    torch.testing.assert_close(Learner(predictor, 1e-3).guess(h, y), expected)
+    assert predictor.own_loss(h, y).item() < before  # and has learnt from that very batch
+
+
+def test_vfbn_learns_from_what_arrives_only_how_far_off_it_was() -> None:
+    torch.manual_seed(0)
+    predictor = build(Settings(name="vfbn", matching=2.0), SAMPLES, loss)
+    h, y = example(SAMPLES)
+    guess = Learner(predictor, 0.0).guess(h, y)
+    off = torch.zeros_like(h)
+    off[2, 3] = 0.5
+    value = predictor.loss(h, y, guess + off)
+    torch.testing.assert_close(value, torch.tensor(2.0 * 6 * 0.25))  # matching · N · Σ
+    assert build(Settings(name="vfbn", matching=0.0), SAMPLES, loss).loss(h, y, guess) is None
 
 
 def frozen(settings: Settings) -> float:
@@ -109,7 +128,7 @@ def frozen(settings: Settings) -> float:
         h = x.requires_grad_()
         (g,) = torch.autograd.grad(loss(below(h), y), h)
         if step >= 580:
-            cosines.append(F.cosine_similarity(learner.predictor.predict(h, y).flatten(), g.flatten(), dim=0).item())
+            cosines.append(F.cosine_similarity(learner.guess(h, y).flatten(), g.flatten(), dim=0).item())
         else:
             learner.learn(h.detach(), y, g)
     return sum(cosines) / len(cosines)
