@@ -1,7 +1,6 @@
-"""From a job to a stage: the plan that stage 0 makes of model and data, a stage of that plan, and what it saves.
+"""From a job to a stage: the plan that stage 0 makes of model and data, and a stage of that plan.
 
-Job ─► first_batch ─► plan_for ─► Plan ─► build_stage ─► Stage ─ state_of ─► StageState
-                                                              ◄─ load_state ─
+Job ─► first_batch ─► plan_for ─► Plan ─► build_stage ─► Stage
 """
 
 from __future__ import annotations
@@ -10,25 +9,27 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, optim, predictors, split
-from dnipipe.checkpoint import StageState
+from dnipipe import inputs, optim, predictors, split
 from dnipipe.config import Config, phases
 from dnipipe.data import Task, check_batch
-from dnipipe.errors import CheckpointError, ConfigError, DataError, HandshakeError
+from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.gradient_rules import RULES, GradientRule, LossGradient
 from dnipipe.learner import Learner
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.phases import Phases
 from dnipipe.predictors import Loss
+from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
 
 
@@ -101,7 +102,8 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
     settings, device = job.config, device_of(job.config)
     module = split.part(model, plan, index).to(device)
-    return Stage(
+    kind = partial(UnlockedStage, inputs_of(settings, plan, index)) if settings.rule.forward_unlock else Stage
+    return kind(
         index,
         plan.stages,
         module,
@@ -144,6 +146,16 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
     return rules[0][1] if len(rules) == 1 else Phases(rules)
 
 
+def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
+    """What guesses the stage's input; stage 0's needs no guess. Initial weights depend on seed and layer alone."""
+    if index == 0:
+        return None
+    reseed(settings.train.seed, plan.layers_of(index)[0], "inputs")
+    made = inputs.build(settings.predictor, plan.x, plan.x_dtype, plan.edge(index - 1))
+    made.net.to(device_of(settings))
+    return made
+
+
 def check_model(model: nn.Module, plan: Plan, index: int) -> None:
     """Raises HandshakeError if the model built here is not the one that was planned."""
     names = tuple(name for name, _ in model.named_children())
@@ -165,54 +177,3 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     for size in plan.edge(index).h:
         elements *= size
     return Window(None, limit=min(256, settings.pipeline.memory * 2**20 // max(1, 3 * 4 * elements)))
-
-
-# -- its state ---------------------------------------------------------------------------------------------------
-
-
-def state_of(stage: Stage, plan: Plan) -> StageState:
-    """What the stage is right now, by the whole model's names."""
-    learner, named = stage.rule.learner, dict(stage.module.named_parameters())
-    predictor, learned = stage.rule.shelf
-    if learner is not None:
-        predictor = dict(learner.predictor.state_dict())
-        learned = checkpoint.optimizer_state(learner.adam, dict(learner.predictor.named_parameters()))
-    return StageState(
-        weights=dict(stage.module.state_dict()),
-        optimizer=checkpoint.optimizer_state(stage.descent.optimizer, named),
-        gradients={name: p.grad for name, p in named.items() if p.grad is not None},
-        boundary=boundary_of(stage, plan),
-        predictor=predictor,
-        predictor_optimizer=learned,
-        counters={"batch": stage.last_batch, "updates": stage.updates},
-    )
-
-
-def load_state(stage: Stage, state: StageState) -> None:
-    """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor.
-
-    A rule without a predictor keeps the saved one on its shelf, so that a later rule goes on with it.
-    """
-    stage.module.load_state_dict(state.weights)
-    learner, named = stage.rule.learner, dict(stage.module.named_parameters())
-    checkpoint.load_optimizer_state(stage.descent.optimizer, named, state.optimizer)
-    for name, gradient in state.gradients.items():
-        named[name].grad = gradient.to(named[name].device, copy=True)
-    if learner is None:
-        stage.rule.shelf = state.predictor, state.predictor_optimizer
-    elif state.predictor:
-        try:
-            learner.predictor.load_state_dict(state.predictor)
-        except RuntimeError:
-            raise CheckpointError(
-                f"the predictor saved at {state.boundary} is of another kind than the settings say: go on with the "
-                "[predictor] settings of the run's config.toml"
-            ) from None
-        checkpoint.load_optimizer_state(
-            learner.adam, dict(learner.predictor.named_parameters()), state.predictor_optimizer
-        )
-
-
-def boundary_of(stage: Stage, plan: Plan) -> str:
-    """What a predictor is known by: the stage's last layer. The last stage has none."""
-    return "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]

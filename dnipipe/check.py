@@ -12,6 +12,7 @@ from dnipipe.metrics import StageMetrics
 from dnipipe.result import table
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.unlocked import UnlockedStage
 
 REPEATS = 6  # batches, so that the cost of a first one does not count for much
 
@@ -31,7 +32,7 @@ def check(job: Job) -> Iterator[str]:
     yield f"data    {task.corpus}; {len(task.train)} batches an epoch, {total} to train"
     yield from table(plan)
     for k, stage in enumerate(stages[:-1]):
-        yield _edge(plan, k) + _predictor(stage, measured[k])
+        yield _edge(plan, k) + _predictor(stage, measured[k]) + _inputs(stages[k + 1], plan)
     yield f"rule    {settings.rule.name}: {REPEATS} batches went through all stages in one process"
 
 
@@ -46,12 +47,19 @@ def one_batch(stages: list[Stage], first: Activation) -> None:
 
 def _edge(plan: Plan, k: int) -> str:
     layer = plan.layers_of(k)[-1]
-    size = torch.empty(0, dtype=getattr(torch, plan.dtypes[layer])).element_size()
-    for length in plan.shapes[layer]:
-        size *= length
-    return (
-        f"edge {k} → {k + 1}  {plan.dtypes[layer]} {list(plan.shapes[layer])}, {size / 1024:.0f} KiB a batch each way"
-    )
+    return f"edge {k} → {k + 1}  {_tensor(plan.dtypes[layer], plan.shapes[layer])} a batch each way"
+
+
+def _tensor(dtype: str, shape: tuple[int, ...]) -> str:
+    size = getattr(torch, dtype).itemsize * torch.Size(shape).numel()
+    return f"{dtype} {list(shape)}, {size / 1024:.0f} KiB"
+
+
+def _inputs(stage: Stage, plan: Plan) -> str:
+    if not isinstance(stage, UnlockedStage) or stage.inputs is None:
+        return ""
+    count = sum(p.numel() for p in stage.inputs.net.parameters())
+    return f"; and x {_tensor(plan.x_dtype, plan.x)}, from which {count:,} parameters guess stage {stage.index}'s input"
 
 
 def _predictor(stage: Stage, measured: StageMetrics) -> str:
@@ -60,4 +68,5 @@ def _predictor(stage: Stage, measured: StageMetrics) -> str:
     seconds = measured.clock.seconds()
     work = sum(seconds.get(label, 0.0) for label in ("forward", "backward", "predictor", "optimizer"))
     count = sum(p.numel() for p in stage.rule.learner.predictor.parameters())
-    return f"; predictor {count:,} parameters, {seconds.get('predictor', 0.0) / work:.0%} of stage {stage.index}'s time"
+    share = seconds.get("predictor", 0.0) / work
+    return f"; predictor {count:,} parameters; predicting took {share:.0%} of stage {stage.index}'s time"

@@ -63,6 +63,10 @@ class GradientRule(ABC):
         """The rule that this batch belongs to."""
         return self
 
+    def draws(self, batch: int) -> bool:
+        """Whether the stage updates on this batch at all."""
+        return True
+
     @abstractmethod
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         """What to do with the batch at once."""

@@ -1,6 +1,6 @@
 """What stages say to one another. Frozen values; tensors never require a gradient.
 
-           Activation, Evaluation, Checkpoint, Stop
+           Activation, Input, Evaluation, Checkpoint, Stop
     stage k ────────────────────────────────────────► stage k+1
             ◄────────────────────────────────────────
            Gradient, Answer, Saved, Report, Stop
@@ -39,6 +39,15 @@ class Activation:
 
     batch: int  # batch id, strictly increasing, given by stage 0
     x: Tensor  # (B, D...) the receiver's input
+    y: Tensor  # (B, ...) labels
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A training batch as the network got it, for stages that guess their own input from it (unlocked.py)."""
+
+    batch: int  # as in Activation, which follows if the sender trains on this batch
+    x: Tensor  # (B, ...) the network's input
     y: Tensor  # (B, ...) labels
 
 
@@ -101,6 +110,6 @@ class Report:
     final: bool = False
 
 
-Downward = Union[Activation, Evaluation, Checkpoint]
+Downward = Union[Activation, Input, Evaluation, Checkpoint]
 Upward = Union[Gradient, Answer, Saved, Report]
 Message = Union[Hello, Downward, Upward, Stop]

@@ -1,7 +1,7 @@
 """The built-in models, each an nn.Sequential whose direct children are the layers between which it may be cut.
 
-    mlp          layer0 … layer(n-2), output             n = model.layers    (B, 1, 28, 28) ─► (B, 10)
-    cnn          layer0 … layer(n-1), output             n = model.layers    (B, 1, 28, 28) ─► (B, 10)
+    mlp          layer0 … layer(n-2), output             n = model.layers    (B, C, H, W) ─► (B, 10)
+    cnn          layer0 … layer(n-1), output             n = model.layers    (B, C, H, W) ─► (B, 10)
     transformer  embedding, block1 … block(n), output    n = model.layers    (B, T) bytes ─► (B, T, 256)
 
 The number in a name is the layer's place, as pipeline.boundaries counts. What a model starts with depends on its
@@ -10,6 +10,7 @@ settings and on torch's random state alone, so every process builds the same one
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -21,16 +22,16 @@ from torch import Tensor
 from dnipipe.config import Config
 from dnipipe.errors import ConfigError
 
-IMAGE = (1, 28, 28)  # of MNIST
-DIGITS = 10
+IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # (C, H, W) of one image of data.name
+CLASSES = 10  # of each
 BYTES = 256  # the transformer's vocabulary
 
 
 def build(config: Config) -> nn.Sequential:
     """The model that the configuration names. Raises ConfigError if it cannot read the data that is named."""
     name, data = config.model.name, config.data.name
-    if (name == "transformer") == (data == "mnist"):
-        fitting = "mlp or cnn" if data == "mnist" else "transformer"
+    if (name == "transformer") == (data in IMAGES):
+        fitting = "mlp or cnn" if data in IMAGES else "transformer"
         raise ConfigError(f"model.name = {name} cannot read data.name = {data}: use model.name = {fitting}")
     return nn.Sequential(OrderedDict(BUILDERS[name](config)))
 
@@ -45,7 +46,7 @@ def cross_entropy(h: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(h.flatten(0, -2), y.flatten())
 
 
-# -- the paper's nets for MNIST ----------------------------------------------------------------------------------
+# -- the paper's nets for images --------------------------------------------------------------------------------
 
 
 def _mlp(config: Config) -> dict[str, nn.Module]:
@@ -55,7 +56,7 @@ def _mlp(config: Config) -> dict[str, nn.Module]:
     """
     width = config.model.width
     layers: dict[str, nn.Module] = {}
-    features = IMAGE[0] * IMAGE[1] * IMAGE[2]
+    features = math.prod(IMAGES[config.data.name])
     for i in range(config.model.layers - 1):
         parts: dict[str, nn.Module] = {"flatten": nn.Flatten()} if i == 0 else {}
         parts["linear"] = nn.Linear(features, width, bias=False)  # batch norm has its own bias
@@ -77,24 +78,24 @@ def _cnn(config: Config) -> dict[str, nn.Module]:
         first = i == 0
         pool = nn.MaxPool2d(3, 2, padding=1) if first else nn.AvgPool2d(3, 2, padding=1, count_include_pad=False)
         parts: dict[str, nn.Module] = {
-            "conv": nn.Conv2d(IMAGE[0] if first else width, width, 5, padding=2, bias=False),
+            "conv": nn.Conv2d(IMAGES[config.data.name][0] if first else width, width, 5, padding=2, bias=False),
             "norm": nn.BatchNorm2d(width),
             "relu": nn.ReLU(),
             "pool": pool,
             **_dropout(config),
         }
         layers[f"layer{i}"] = nn.Sequential(OrderedDict(parts))
-    return layers | {"output": _linear_output(_features(layers))}
+    return layers | {"output": _linear_output(_features(layers, IMAGES[config.data.name]))}
 
 
 def _linear_output(features: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(features, DIGITS)))
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), linear=nn.Linear(features, CLASSES)))
 
 
 @torch.no_grad()
-def _features(layers: dict[str, nn.Module]) -> int:
-    """Numbers that one image has become behind these layers."""
-    h = torch.zeros(1, *IMAGE)
+def _features(layers: dict[str, nn.Module], image: tuple[int, ...]) -> int:
+    """Numbers that one image (C, H, W) has become behind these layers."""
+    h = torch.zeros(1, *image)
     for layer in layers.values():
         h = layer.eval()(h)  # in evaluation mode: batch norm counts nothing, dropout draws nothing
         layer.train()

@@ -119,7 +119,8 @@ class Regression(Predictor):
         return (cast(Tensor, self(h, y)) - n * g).square().sum() / n
 
 
-def _dense(features: int, out: int, hidden: int, width: int) -> nn.Sequential:
+def dense(features: int, out: int, hidden: int, width: int) -> nn.Sequential:
+    """(rows, features) to (rows, out), by way of `hidden` layers; zero at first."""
     layers: list[nn.Module] = []
     for _ in range(hidden):
         layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
@@ -127,7 +128,8 @@ def _dense(features: int, out: int, hidden: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, _zeroed(nn.Linear(features, out)))
 
 
-def _convolutions(channels: int, out: int, hidden: int, width: int) -> nn.Sequential:
+def convolutions(channels: int, out: int, hidden: int, width: int) -> nn.Sequential:
+    """(B, channels, H, W) to (B, out, H, W), by way of `hidden` layers; zero at first."""
     layers: list[nn.Module] = []
     for _ in range(hidden):
         layers += [nn.Conv2d(channels, width, 5, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
@@ -223,7 +225,7 @@ def _regression(settings: Settings, edge: Edge, hidden: int) -> Regression:
         )
     labels, features = _labels(settings, edge), edge.h[-1]
     seen = features + (labels.features if labels else 0)
-    return Regression(_dense(seen, features, hidden, settings.width or 4 * features), labels)
+    return Regression(dense(seen, features, hidden, settings.width or 4 * features), labels)
 
 
 def _conv(settings: Settings, edge: Edge, loss: Loss) -> Regression:
@@ -235,7 +237,7 @@ def _conv(settings: Settings, edge: Edge, loss: Loss) -> Regression:
     labels, channels = _labels(settings, edge), edge.h[1]
     seen = channels + (labels.features if labels else 0)
     hidden = 2 if settings.hidden < 0 else settings.hidden
-    return Regression(_convolutions(seen, channels, hidden, settings.width or channels), labels)
+    return Regression(convolutions(seen, channels, hidden, settings.width or channels), labels)
 
 
 def _labels(settings: Settings, edge: Edge) -> Labels | None:

@@ -22,13 +22,10 @@ from torch import Tensor
 from dnipipe import checkpoint, metrics, result
 from dnipipe.building import (
     Job,
-    boundary_of,
     build_stage,
     check_model,
     first_batch,
-    load_state,
     plan_for,
-    state_of,
     total_batches,
     window_of,
 )
@@ -44,6 +41,7 @@ from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
@@ -115,7 +113,8 @@ def build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
     if agreed.start:
         saved = checkpoint.at(Path(agreed.folder), agreed.start)
         saved.check_model(model.state_dict())
-        load_state(stage, saved.state_for(stage.module.state_dict(), boundary_of(stage, agreed.plan)))
+        ends = boundary_of(stage, agreed.plan), first_of(stage, agreed.plan)
+        load_state(stage, saved.state_for(stage.module.state_dict(), *ends))
         stage.last_batch = agreed.start
     return stage
 

@@ -38,6 +38,8 @@ class Plan:
     parameters: tuple[int, ...]  # of each layer
     shapes: tuple[tuple[int, ...], ...]  # output of each layer, B first
     dtypes: tuple[str, ...]  # of that output
+    x: tuple[int, ...]  # shape of the model's input
+    x_dtype: str
     y: tuple[int, ...]  # shape of the labels
     classes: int | None  # labels are whole numbers in [0, classes)
 
@@ -100,12 +102,18 @@ def plan(
         seconds=tuple(seconds),
         parameters=tuple(parameters),
         shapes=tuple(tuple(h.shape) for h in outputs),
-        dtypes=tuple(str(h.dtype).removeprefix("torch.") for h in outputs),
+        dtypes=tuple(_name(h) for h in outputs),
+        x=tuple(x.shape),
+        x_dtype=_name(x),
         y=tuple(y.shape),
         classes=classes,
     )
     _check(model, made, trainable)
     return made
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def balance(seconds: Sequence[float], trainable: Sequence[bool], stages: int) -> tuple[int, ...]:

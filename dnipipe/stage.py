@@ -124,8 +124,7 @@ class Stage:
 
     def on_activation(self, message: Activation) -> Iterator[Message]:
         batch, y = message.batch, message.y.to(self.device)
-        if batch <= self.last_batch:
-            raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
+        self._check_order(batch)
         self.last_batch = batch
         self._mode(training=True)
         rule = self.rule.at(batch)
@@ -179,6 +178,10 @@ class Stage:
         if batch in self.save_after:
             self.save_after.remove(batch)
             yield Saved(batch, self.index)
+
+    def _check_order(self, batch: int) -> None:
+        if batch <= self.last_batch:
+            raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
 
     def _apply(self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0) -> Iterator[Message]:
         """Step 4: backpropagate a known gradient; the stage before has its answer before the optimizer steps."""

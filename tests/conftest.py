@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe.gradient_rules import GradientRule, LossGradient
-from dnipipe.messages import Activation, Checkpoint, Evaluation, Message
+from dnipipe.messages import Activation, Checkpoint, Evaluation, Input, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
 from dnipipe.stage import Stage
@@ -29,7 +29,7 @@ class Line:
     `delay` holds every gradient back for so many rounds. What reaches the head is in `taken`.
     """
 
-    def __init__(self, stages: list[Stage], delay: int = 0) -> None:
+    def __init__(self, stages: Sequence[Stage], delay: int = 0) -> None:
         self.stages, self.delay = stages, delay
         self.down: list[deque[Message]] = [deque() for _ in stages]
         self.up: list[deque[tuple[int, Message]]] = [deque() for _ in stages]
@@ -42,7 +42,7 @@ class Line:
 
     def send(self, k: int, message: Message) -> None:
         self.log.append(f"{k} {type(message).__name__} {getattr(message, 'batch', '')}".strip())
-        if isinstance(message, (Activation, Evaluation, Checkpoint)):
+        if isinstance(message, (Activation, Input, Evaluation, Checkpoint)):
             self.down[k + 1].append(message)
         elif k == 0:
             self.taken.append(message)
@@ -70,9 +70,13 @@ def make_stages(
     rule: Callable[[int], GradientRule],
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    kind: Callable[[int], Callable[..., Stage]] = lambda k: Stage,
     **options: object,
 ) -> list[Stage]:
-    """Stages of these modules; `rule(k)` for all but the last, which has the loss. Options: Stage's and Descent's."""
+    """Stages of these modules; `rule(k)` for all but the last, which has the loss. Options: Stage's and Descent's.
+
+    `kind(k)` makes stage k: what is called as Stage is.
+    """
     made, count = [], len(modules)
     teaches = rule(0).teaches if count > 1 else True
     for k, module in enumerate(modules):
@@ -81,7 +85,7 @@ def make_stages(
         ours = {name: value for name, value in options.items() if name not in ("stop", *STEPPING)}
         stepping = {name: value for name, value in options.items() if name in STEPPING}
         descent = Descent(optimizer(list(module.parameters())), **stepping)  # type: ignore[arg-type]
-        made.append(Stage(k, count, module, own, descent, metrics, loss=loss, **ours))  # type: ignore[arg-type]
+        made.append(kind(k)(k, count, module, own, descent, metrics, loss=loss, **ours))
     return made
 
 

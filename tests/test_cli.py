@@ -38,6 +38,15 @@ def test_a_settings_value_is_not_taken_for_the_file(arguments: str, words: str, 
     assert cli.separate(arguments.split()) == (words.split(), settings.split())
 
 
+def test_check_shows_what_guesses_a_stages_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", *words(pipeline__boundaries="2,3,4", rule__forward_unlock=True)]) == 0
+    edges = [line for line in capsys.readouterr().out.splitlines() if line.startswith("edge")]
+    model = (256 + 16) * 16 + (16 * 64 + 64) + 2 * 64 + (64 * 16 + 16)  # tokens, positions; hidden; norm; output
+    for k, line in enumerate(edges, start=1):
+        assert f"and x int64 [8, 16], 1 KiB, from which {model:,} parameters guess stage {k}'s input" in line
+    assert len(edges) == 3
+
+
 @pytest.mark.parametrize("rule", ["local", "wait"])
 def test_check_knows_every_rule(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", *words(rule__name=rule)]) == 0

@@ -62,6 +62,18 @@ def test_the_embedded_default_is_valid() -> None:
             ["--rule.p_update", "0.5", "--rule.accumulate", "4"],
             "rule.p_update = 0.5 with rule.accumulate = 4: batches that are left out",
         ),
+        (
+            ["--rule.forward_unlock", "--rule.name", "blend"],
+            "rule.name = blend with rule.forward_unlock = true: the gradient that arrives is of a guessed input",
+        ),
+        (["--rule.forward_unlock", "--rule.name", "wait"], "use rule.name = synthetic or local"),
+        (["--rule.forward_unlock", "--rule.name", "delayed"], "use rule.name = synthetic or local"),
+        (["--rule.forward_unlock", "--rule.warmup", "9"], "rule.warmup_rule = wait with rule.forward_unlock = true"),
+        (["--rule.forward_unlock", "--rule.trust", "0"], "would be applied; use rule.warmup_rule = zero"),
+        (
+            ["--rule.forward_unlock", "--pipeline.stages", "1"],
+            "pipeline.stages = 1 with rule.forward_unlock = true: there is no input to guess",
+        ),
         (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
         (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
         (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),

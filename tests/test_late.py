@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe import checkpoint
-from dnipipe.building import boundary_of, load_state, state_of
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN
 from dnipipe.split import Plan, part, plan
 from dnipipe.stage import Stage
+from dnipipe.state import boundary_of, load_state, state_of
 from tests.conftest import Line, blobs, make_stages
 from tests.test_stage import SGD, Fixed, equal, layers, one_at_a_time, plain
 

@@ -23,6 +23,8 @@ MAY = {
     "phases": "gradient_rules",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
+    "inputs": "config errors predictors",
+    "unlocked": "errors inputs messages stage",
     "stage": "messages errors gradient_rules predictors metrics optim randomness",
     "split": "errors predictors",
     "models": "config errors",
@@ -38,11 +40,12 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "checkpoint config data errors gradient_rules learner metrics optim phases predictors sometimes split "
-    "stage window",
+    "building": "config data errors gradient_rules inputs learner metrics optim phases predictors randomness "
+    "sometimes split stage unlocked window",
+    "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
-    "result split stage transport worker",
-    "check": "building messages metrics result split stage",
+    "result split stage state transport worker",
+    "check": "building messages metrics result split stage unlocked",
     "started": "",
     "launcher": "loopback started",
     "jobs": "building config data models optim",

@@ -57,6 +57,15 @@ def test_layers_and_what_flows_between_them() -> None:
     ]
 
 
+def test_images_have_the_shape_of_their_data_set() -> None:
+    colours = torch.rand(4, 3, 32, 32)
+    mlp, cnn = (models.build(configured(name, {"name": "cifar10"})) for name in ("mlp", "cnn"))
+    assert shapes(mlp, colours) == [("layer0", (4, 8)), ("layer1", (4, 8)), ("output", (4, 10))]
+    assert mlp.get_parameter("layer0.linear.weight").shape == (8, 3 * 32 * 32)
+    assert shapes(cnn, colours)[:3] == [(f"layer{i}", (4, 8, 16 >> i, 16 >> i)) for i in range(3)]
+    assert cnn(colours).shape == (4, 10)
+
+
 @pytest.mark.parametrize(("name", "layers"), [("mlp", 1), ("cnn", 1), ("cnn", 9), ("transformer", 1)])
 def test_any_depth_fits(name: str, layers: int) -> None:
     x, y = batch_for(name)
@@ -164,7 +173,12 @@ def test_it_learns_one_batch_by_heart(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "data", "fitting"),
-    [("transformer", "mnist", "mlp or cnn"), ("mlp", "stdlib", "transformer"), ("cnn", "text", "transformer")],
+    [
+        ("transformer", "mnist", "mlp or cnn"),
+        ("transformer", "cifar10", "mlp or cnn"),
+        ("mlp", "stdlib", "transformer"),
+        ("cnn", "text", "transformer"),
+    ],
 )
 def test_a_model_that_cannot_read_the_data_is_refused(model: str, data: str, fitting: str) -> None:
     config = build({"model": {"name": model}, "data": {"name": data}})

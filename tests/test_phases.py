@@ -56,7 +56,7 @@ def test_a_batch_belongs_to_the_rule_that_it_came_under() -> None:
 
 
 def test_the_predictor_and_its_optimizer_go_from_rule_to_rule() -> None:
-    """Local teaches the head once on each of 4 batches, Synthetic twice on each of 3 more: one Adam has stepped 10 times."""
+    """Local teaches the head once on each of 4 batches, Synthetic twice on each of 3 more, all with one Adam."""
     learner = Learner(VFBN(nn.Linear(6, 3), F.cross_entropy, 0.1), 1e-2)
     rule = Phases([(1, Local(learner)), (5, Synthetic(learner))])
     assert rule.learner is learner

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe import checkpoint
-from dnipipe.building import state_of
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Skip, Synthetic, Wait
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Checkpoint, Gradient, Saved
@@ -28,6 +27,7 @@ from dnipipe.randomness import chance
 from dnipipe.sometimes import Sometimes
 from dnipipe.split import plan
 from dnipipe.stage import Stage
+from dnipipe.state import state_of
 from tests.conftest import Line, blobs, make_stages
 from tests.test_laboratory import train
 from tests.test_processes import same

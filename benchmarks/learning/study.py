@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from benchmarks.cells import ROOT, Cell, Records
-from dnipipe.config import load
+from benchmarks.cells import Cell, Records
 
-SWITCH = 0.4  # of a run's batches; chosen on `lm`, seed 0, on its held-out text (README.md)
 STAGES, SEED = 4, 0  # of the runs that choose a rate
 SEARCH = "rate"  # the label of such a run
 
@@ -28,13 +26,11 @@ class Rule:
         words: its settings.
         late: whether a delay changes what it computes; if not, it is run at the first one only.
         tuned_as: the rule whose rate it takes, where both compute the same.
-        then: a rule that takes over behind SWITCH of the batches.
     """
 
     words: tuple[str, ...]
     late: bool = True
     tuned_as: str = ""
-    then: str = ""
 
 
 SYNTHETIC = ("--rule.name", "synthetic")
@@ -47,7 +43,6 @@ RULES = {
     "delayed": Rule(DELAYED),
     "delayed-4": Rule((*DELAYED, "--rule.accumulate", "4")),
     "blend": Rule(("--rule.name", "blend", "--predictor.hidden", "1")),
-    "local-blend": Rule(("--rule.name", "local", "--predictor.hidden", "1"), then="blend"),
     "linear": Rule((*SYNTHETIC, "--predictor.name", "linear")),
     "mlp": Rule((*SYNTHETIC, "--predictor.name", "mlp")),
     "vfbn": Rule((*SYNTHETIC, "--predictor.name", "vfbn")),
@@ -157,9 +152,7 @@ class Learning:
                 task,
                 {"rule": rule, "delay": delay, SEARCH: rate},
                 TASKS[task].config,
-                _with_switch(
-                    task, rule, (*TASKS[task].search, *_words(task, rule, STAGES, delay, SEED), "--optimizer.lr", rate)
-                ),
+                (*TASKS[task].search, *_words(task, rule, STAGES, delay, SEED), "--optimizer.lr", rate),
             )
             for rate in TASKS[task].rates
         ]
@@ -185,15 +178,7 @@ class Learning:
             *("--optimizer.lr", rate or TASKS[task].rates[0]),
         )
         labels = {"rule": rule, "delay": delay, "stages": stages, "seed": seed}
-        return Cell(task, labels, TASKS[task].config, _with_switch(task, rule, words), waits=rate is None)
-
-
-def _with_switch(task: str, rule: str, words: tuple[str, ...]) -> tuple[str, ...]:
-    """And the rule that takes over, at a batch that depends on how long the run is."""
-    if not RULES[rule].then:
-        return words
-    batches = load(ROOT / TASKS[task].config, words).train.batches
-    return (*words, "--rule.then", f"{int(SWITCH * batches) + 1}:{RULES[rule].then}")
+        return Cell(task, labels, TASKS[task].config, words, waits=rate is None)
 
 
 def _words(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dnipipe.errors import CheckpointError
 
 FORMAT = 1
-SECTIONS = ("weights", "gradients", "optimizer", "predictor", "predictor_optimizer")
+SECTIONS = ("weights", "gradients", "optimizer", "predictor", "predictor_optimizer", "inputs", "inputs_optimizer")
 
 Number = Union[int, float, bool, None]
 
@@ -33,6 +33,8 @@ class StageState:
     predictor_optimizer: dict[str, dict[str, Any]]
     counters: dict[str, int | float]
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the weights, where an update is still incomplete
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of the model that guesses the input of LAYER: LAYER.name
+    inputs_optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Part:
 
 def flatten(state: StageState) -> tuple[dict[str, Tensor], dict[str, Number]]:
     """The state's tensors and numbers, each by its id."""
-    for of, optimizer in ((state.weights, state.optimizer), (state.predictor, state.predictor_optimizer)):
+    for of, optimizer in (
+        (state.weights, state.optimizer),
+        (state.predictor, state.predictor_optimizer),
+        (state.inputs, state.inputs_optimizer),
+    ):
         if extra := sorted(optimizer.keys() - of.keys()):
             raise CheckpointError(f"there is optimizer state of {extra[0]}, but no such weight is saved with it")
     values: dict[str, Any] = {}
@@ -79,9 +85,12 @@ def split_id(id: str) -> tuple[str, str, str]:
     return section, name, key
 
 
-def belongs(id: str, wanted: Mapping[str, Tensor], same: bool) -> bool:
-    """Whether a stage takes it: `wanted` are the stage's weights, `same` says that the part has the same boundary."""
+def belongs(id: str, wanted: Mapping[str, Tensor], same: bool, first: str) -> bool:
+    """Whether a stage takes it: `wanted` are the stage's weights, `same` says that the part has the same boundary, and
+    `first` is the stage's first layer."""
     section, name, _ = split_id(id)
+    if section.startswith("inputs"):
+        return name.partition(".")[0] == first
     return same if section.startswith("predictor") else name in wanted
 
 

@@ -57,11 +57,12 @@ class Checkpoint:
         if extra := sorted(owners.keys() - model.keys()):
             raise CheckpointError(f"{self.folder} has {extra[0]}, and the model has not: it belongs to another model")
 
-    def state_for(self, wanted: Mapping[str, Tensor], boundary: str) -> StageState:
+    def state_for(self, wanted: Mapping[str, Tensor], boundary: str, first: str = "") -> StageState:
         """What a stage with the state_dict `wanted` (only shapes and dtypes are looked at) starts from, on the CPU.
 
         Weights and optimizer states come from whichever parts have them. Predictor and counters come from the stage
-        that ended at the same boundary; if there was none they are empty, and the predictor starts anew.
+        that ended at the same boundary; if there was none they are empty, and the predictor starts anew. What guesses
+        the stage's input comes from the stage that began with the same layer, `first`.
         Raises CheckpointError if a weight is missing, or has another shape or dtype, or a file is damaged.
         """
         self._check(wanted, owners_of(self.parts))
@@ -70,7 +71,7 @@ class Checkpoint:
         for k, part in enumerate(self.parts):
             same = part.boundary == boundary
             counters = dict(part.counters) if same else counters
-            ids = [id for id in (*part.tensors, *part.numbers) if belongs(id, wanted, same)]
+            ids = [id for id in (*part.tensors, *part.numbers) if belongs(id, wanted, same, first)]
             loaded: dict[str, Any] = read_tensors(
                 self.folder / tensors_file(k), part, [id for id in ids if id in part.tensors]
             )

@@ -29,14 +29,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    name: Literal["stdlib", "text", "mnist"] = setting("stdlib", "Python's own source files, a text file, or MNIST")
-    root: str = setting("", "text: the file; mnist: the folder with the four IDX files", local=True)
+    name: Literal["stdlib", "text", "mnist", "cifar10"] = setting(
+        "stdlib", "Python's own source files, a text file, MNIST or CIFAR-10"
+    )
+    root: str = setting(
+        "", "text: the file; mnist: the folder with the four IDX files; cifar10: with the six binary ones", local=True
+    )
     batch: int = setting(32, "samples a batch", low=1)
     context: int = setting(64, "bytes a sample (text)", low=1)
     limit: int = setting(0, "use only the first so many bytes or training samples (0: all)", low=0)
     validation: float = setting(0.1, "share of the training data held out at its end", low=0.001, high=0.9)
     evaluate: Literal["validation", "test"] = setting(
-        "validation", "evaluate on the held-out share, or train on everything and evaluate on the test set (mnist)"
+        "validation", "evaluate on the held-out share, or train on everything and evaluate on the test set (images)"
     )
 
 
@@ -69,6 +73,9 @@ class Rule:
     )
     p_update: float = setting(
         1.0, "probability with which a stage updates on a batch; each stage draws for itself", low=1e-3, high=1.0
+    )
+    forward_unlock: bool = setting(
+        False, "synthetic, local: train on a guess of the stage's input, made from x, so that no forward waits either"
     )
     correction: float = setting(1.0, "blend: weight w of g - ĝ, which joins the next update", low=1e-3)
     accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
@@ -194,7 +201,7 @@ class Config:
                 f"transport.delay = {self.transport.delay} with transport.kind = {self.transport.kind}: a real link "
                 "has a delay of its own; use transport.kind = local"
             )
-        if self.data.evaluate == "test" and self.data.name != "mnist":
+        if self.data.evaluate == "test" and self.data.name not in ("mnist", "cifar10"):
             raise ConfigError(f"data.evaluate = test: data.name = {self.data.name} has no test set; use validation")
 
     def _check_schedule(self) -> None:
@@ -215,6 +222,8 @@ class Config:
                 f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
                 "rule.trust at -1, or use rule.name = synthetic"
             )
+        if rule.forward_unlock:
+            self._check_unlocked()
         if rule.p_update < 1 and rule.accumulate > 1:
             raise ConfigError(
                 f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
@@ -226,6 +235,18 @@ class Config:
                 f"rule.bp_lambda = {rule.bp_lambda} with rule.name = {rule.name}: {why}; leave rule.bp_lambda at 0, or "
                 "use rule.name = synthetic"
             )
+
+    def _check_unlocked(self) -> None:
+        """What arrives was taken at the next stage's guess of this stage's output: to be learnt from, not applied."""
+        rule, unlocked = self.rule, "with rule.forward_unlock = true: "
+        if self.pipeline.stages == 1:
+            raise ConfigError(f"pipeline.stages = 1 {unlocked}there is no input to guess; use more stages, or false")
+        applied = "the gradient that arrives is of a guessed input, and would be applied; "
+        names = {name for _, name in phases(rule)}
+        if other := sorted(names - {"synthetic", "local"}):
+            raise ConfigError(f"rule.name = {other[0]} {unlocked}{applied}use rule.name = synthetic or local")
+        if "synthetic" in names and rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}use rule.warmup_rule = zero")
 
 
 def phases(rule: Rule) -> list[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""The data sets, as batches (x, y): MNIST from its four files, a text file, or Python's own source files.
+"""The data sets, as batches (x, y): MNIST or CIFAR-10 from its files, a text file, or Python's own source files.
 
     load(config) ─► Task(train, validation, …)       train       shuffled anew by each iter()
                                                      validation  in order, the held-out part
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dnipipe.config import Config
-from dnipipe.data import mnist, text
+from dnipipe.data import cifar10, mnist, text
 from dnipipe.data.task import Batches, Samples, Task, check_batch
 from dnipipe.data.text import bigram, stdlib_files
 
@@ -21,6 +21,7 @@ LOADERS: dict[str, Callable[[Config], Task]] = {
     "stdlib": text.read_stdlib,
     "text": text.read_file,
     "mnist": mnist.read,
+    "cifar10": cifar10.read,
 }
 
 

@@ -12,54 +12,22 @@ import torch
 from torch import Tensor
 
 from dnipipe.config import Config
-from dnipipe.data.task import Samples, Task
-from dnipipe.errors import ConfigError, DataError
+from dnipipe.data.images import check_labels, task_of
+from dnipipe.data.task import Task
+from dnipipe.errors import DataError
 
-DIGITS = 10  # classes of MNIST
 SIDE = 28  # pixels of an image
 DEFLATE = 1032  # times that gzip can shrink its input at most
 
 
 def read(config: Config) -> Task:
-    """Images (B, 1, 28, 28) float32 in [0, 1], labels (B,) int64. data.limit cuts both parts, each to that many."""
-    data = config.data
-    images, labels = _digits(data.root, "train")
-    if data.evaluate == "test":
-        held = "the test set"
-        held_images, held_labels = _digits(data.root, "t10k")
-    else:
-        held = "the last of the training images"
-        cut = len(images) - int(len(images) * data.validation)
-        images, held_images = images[:cut], images[cut:]
-        labels, held_labels = labels[:cut], labels[cut:]
-    most = data.limit or None
-    train = _images(images[:most], labels[:most], data.batch, shuffle=True)
-    validation = _images(held_images[:most], held_labels[:most], data.batch, shuffle=False)
-    if not train.samples or not validation.samples:
-        raise DataError(
-            f"{data.root} leaves {train.samples} images to train on and {validation.samples} to evaluate on: "
-            "change data.validation"
-        )
-    if data.batch == 1 or train.samples % data.batch == 1:
-        raise ConfigError(
-            f"{train.samples} images in batches of {data.batch} leave a batch of one, and batch norm cannot learn from "
-            "one sample: change data.batch"
-        )
-    corpus = f"MNIST: {train.samples:,} images to train on, {validation.samples:,} to evaluate on ({held})"
-    return Task(train, validation, DIGITS, corpus, None, None)
-
-
-def _images(images: Tensor, labels: Tensor, size: int, shuffle: bool) -> Samples:
-    count = len(images)
-
-    def gather(positions: Tensor) -> tuple[Tensor, Tensor]:
-        return images[positions].unsqueeze(1).float() / 255, labels[positions].long()
-
-    return Samples(count, size, lambda: torch.randperm(count) if shuffle else torch.arange(count), gather)
+    """Images (B, 1, 28, 28) float32 in [0, 1], labels (B,) int64 (images.py)."""
+    root = config.data.root
+    return task_of(config, "MNIST", _digits(root, "train"), lambda: _digits(root, "t10k"))
 
 
 def _digits(root: str, part: str) -> tuple[Tensor, Tensor]:
-    """One part ("train", "t10k"): images (N, 28, 28) and labels (N,), both uint8."""
+    """One part ("train", "t10k"): images (N, 1, 28, 28) and labels (N,), both uint8."""
     images = _idx(_find(root, f"{part}-images-idx3-ubyte"), (SIDE, SIDE))
     path = _find(root, f"{part}-labels-idx1-ubyte")
     labels = _idx(path, ())
@@ -67,11 +35,8 @@ def _digits(root: str, part: str) -> tuple[Tensor, Tensor]:
         raise DataError(
             f"{path} has {len(labels)} labels, but there are {len(images)} images: take both from one source"
         )
-    wrong = (labels >= DIGITS).nonzero()
-    if len(wrong):
-        i = int(wrong[0])
-        raise DataError(f"{path}: label {int(labels[i])} at position {i} is outside [0, {DIGITS}): this is not MNIST")
-    return images, labels
+    check_labels(labels, str(path), "MNIST")
+    return images.unsqueeze(1), labels
 
 
 def _find(root: str, name: str) -> Path:

@@ -90,7 +90,7 @@ def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
         "index": index,
         **{name: int(numbers[name]) for name in ("batches", "samples", "skipped")},
         **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead", "overhead_of_work")},
-        **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness", "at_once")},
+        **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness", "at_once", "input_error")},
         "seconds": nested["seconds"],
         "processor": nested["processor"],
         "reasons": {reason: int(count) for reason, count in nested["skipped"].items()},

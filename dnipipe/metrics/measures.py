@@ -32,6 +32,8 @@ class _Sums:
     ratio: float = 0.0
     terms: int = 0
     loss: float = 0.0
+    inputs: float = 0.0  # of the activations whose guess was trained on, those that have an error
+    input_error: float = 0.0
 
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(_Sums)))
@@ -47,6 +49,8 @@ class _Sums:
             found |= {"cosine": self.cosine / self.compared, "norm_ratio": self.ratio / self.compared}
         if self.terms:
             found["loss"] = self.loss / self.terms
+        if self.inputs:
+            found["input_error"] = self.input_error / self.inputs
         return found
 
 
@@ -68,6 +72,7 @@ class StageMetrics:
         self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
         self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `likeness`
         self._loss: Tensor | float = 0.0  # 0-dim sum since the last reading
+        self._inputs: Tensor | float = 0.0  # (2,) sum since the last reading, of `unexplained`
         self._before = self.clock.seconds(), self.clock.processor()
 
     def begin(self) -> None:
@@ -95,6 +100,10 @@ class StageMetrics:
             self._dots.append(dots(predicted, g))
             if len(self._dots) >= FOLD:
                 self._fold()
+
+    def input_guessed(self, guessed: Tensor, h: Tensor) -> None:
+        """What the stage trained on as its input, and what really came. Both (B, D...)."""
+        self._inputs = self._inputs + unexplained(guessed, h)
 
     def skip(self, reason: str) -> None:
         self.skipped[reason] += 1
@@ -144,8 +153,11 @@ class StageMetrics:
         if isinstance(self._likeness, Tensor):
             cosine, ratio, compared = self._likeness.tolist()
             self._lately += _Sums(cosine=cosine, ratio=ratio, compared=compared)
+        if isinstance(self._inputs, Tensor):
+            error, inputs = self._inputs.tolist()
+            self._lately += _Sums(input_error=error, inputs=inputs)
         self._lately.loss += float(self._loss)
-        self._likeness = self._loss = 0.0
+        self._likeness = self._loss = self._inputs = 0.0
 
 
 def dots(predicted: Tensor, g: Tensor) -> Tensor:
@@ -165,6 +177,17 @@ def likeness(rows: Tensor) -> Tensor:
     cosine = rows[:, 0] / length_b / length_a.clamp_min(torch.finfo(rows.dtype).tiny)
     found = torch.stack([cosine.clamp(-1, 1), length_a / length_b, torch.ones_like(cosine)], dim=1)
     return torch.where(found.isfinite().all(dim=1, keepdim=True), found, torch.zeros_like(found)).sum(dim=0)
+
+
+def unexplained(guessed: Tensor, h: Tensor) -> Tensor:
+    """(2,): ‖ĥ − h‖² / ‖h − h̄‖², h̄ the batch's mean, and 1 for one such number. Both zero if it is not finite.
+
+    So 0 is an exact guess, and 1 is no better than to know the mean. Both are (B, D...).
+    """
+    h, guessed = h.float(), guessed.float()
+    error = (guessed - h).square().sum() / (h - h.mean(0)).square().sum()
+    found = torch.stack([error, torch.ones_like(error)])
+    return torch.where(error.isfinite(), found, torch.zeros_like(found))
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float]:

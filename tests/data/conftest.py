@@ -1,4 +1,4 @@
-"""What the tests of the data sets read: a text of a thousand bytes, an MNIST whose images say their number."""
+"""What the tests of the data sets read: a text of a thousand bytes, and images that say their number."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def text_config(path: Path, **settings: Any) -> Config:
 
 def mnist_config(root: Path, **settings: Any) -> Config:
     return build({"model": {"name": "mlp"}, "data": {"name": "mnist", "root": str(root), "batch": 4, **settings}})
+
+
+def cifar10_config(root: Path, **settings: Any) -> Config:
+    return build({"model": {"name": "mlp"}, "data": {"name": "cifar10", "root": str(root), "batch": 4, **settings}})
 
 
 @pytest.fixture
@@ -47,6 +51,22 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "mnist"
 
 
+def write_cifar10(path: Path, first: int, count: int) -> None:
+    """Image i has a red of i, a green of 100 and a blue of i but for its last pixel, 255; its label is i % 10."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = range(first, first + count)
+    path.write_bytes(b"".join(bytes([i % 10, *[i] * 1024, *[100] * 1024, *[i] * 1023, 255]) for i in images))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """30 images in five files of 6, and 11 in the test set."""
+    for k in range(5):
+        write_cifar10(tmp_path / "cifar" / f"data_batch_{k + 1}.bin", 6 * k, 6)
+    write_cifar10(tmp_path / "cifar" / "test_batch.bin", 50, 11)
+    return tmp_path / "cifar"
+
+
 def drawn(batches: data.Batches, seed: int) -> list[tuple[Tensor, Tensor]]:
     """An epoch. The seed that stands before iter() counts; another one after it must not matter."""
     torch.manual_seed(seed)
@@ -56,5 +76,5 @@ def drawn(batches: data.Batches, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def values(batches: data.Batches, seed: int = 0) -> list[int]:
-    """Which images an epoch of the written MNIST consists of, in order."""
+    """Which images an epoch of the written ones consists of, in order."""
     return [round(value * 255) for x, _ in drawn(batches, seed) for value in x[:, 0, 0, 0].tolist()]

@@ -169,6 +169,19 @@ def test_a_long_run_does_not_lose_its_late_losses() -> None:
     assert metrics.totals()["loss"] == (2**38 + 409_600) / (2**37 + 409_600)
 
 
+def test_an_input_is_guessed_as_well_as_the_share_of_its_variance_says() -> None:
+    """0.5 of 2 features: one constant and guessed, one that varies by 2 around 7 and is missed by 1."""
+    metrics = measured()
+    h = torch.tensor([[3.0, 5.0], [3.0, 9.0]])
+    metrics.input_guessed(h.clone(), h)
+    metrics.input_guessed(h + torch.tensor([0.0, 1.0]), h)
+    metrics.input_guessed(torch.zeros(2, 2), torch.ones(2, 2))  # nothing varies: there is no share
+    assert metrics.numbers(0, 1)["input_error"] == (0 + (1 + 1) / (4 + 4)) / 2
+    metrics.input_guessed(h.mean(0).expand(2, 2), h)
+    assert metrics.numbers(0, 1)["input_error"] == 1 and metrics.totals()["input_error"] == (0 + 0.25 + 1) / 3
+    assert "input_error" not in metrics.numbers(0, 1) and "input_error" not in measured().totals()
+
+
 def test_how_many_batches_were_updated_on_at_once() -> None:
     metrics = measured()
     for batch in range(1, 5):

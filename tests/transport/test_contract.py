@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dnipipe.errors import PeerLost, WaitTimeout
-from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Stop
+from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Input, Stop
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.zmq import ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Make, assert_lost, assert_same, batches, take
@@ -59,10 +59,12 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors(chain: Make, name: str) -> None:
     a, b = chain()
-    sent = Activation(7, TENSORS[name], torch.tensor([1, 2]))
-    a.send(NEXT, sent)
+    down = [kind(7, TENSORS[name], torch.tensor([1, 2])) for kind in (Activation, Input)]
+    for sent in down:
+        a.send(NEXT, sent)
     b.send(PREVIOUS, Answer(8, TENSORS[name]))
-    assert_same(sent, take(b, PREVIOUS))
+    for sent in down:
+        assert_same(sent, take(b, PREVIOUS))
     assert_same(Answer(8, TENSORS[name]), take(a, NEXT))
 
 

@@ -168,7 +168,8 @@ class Bench:
     ) -> None:
         self.ends = pipeline(3, timeout=30.0)
         self.wire = Watched(self.ends[index])
-        stages = make_stages(modules_of(3), rule, partial(torch.optim.SGD, lr=0.1))
+        kind = options.pop("kind", lambda k: Stage)
+        stages = make_stages(modules_of(3), rule, partial(torch.optim.SGD, lr=0.1), kind=kind)
         self.worker = a_worker(stages[index], self.wire, folder, **options)
         self.index = index
 

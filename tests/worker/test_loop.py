@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from dnipipe.gradient_rules import GradientRule
-from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved, Stop
+from dnipipe.inputs import Inputs
+from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Input, Message, Report, Saved, Stop
 from dnipipe.transport import Side
+from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
 from tests.worker.bench import Bench, Crew, Script, batches, synthetic, wait
 
@@ -177,6 +179,23 @@ def test_a_gradient_says_that_its_activation_was_waited_for(bench: Make) -> None
     one.worker.run()
     sent = [message for message in one.heard(Side.PREVIOUS) if isinstance(message, Gradient)]
     assert [(message.batch, message.starved) for message in sent] == [(1, False), (2, True), (3, False)]
+
+
+def test_unlocked_it_is_the_input_that_was_waited_for(bench: Make) -> None:
+    """The activation behind it may be late: nobody answers that one."""
+    guess = Inputs(torch.nn.Linear(8, 8), (4, 8), "float32", 0, 1e-3)
+    one = bench(rule=synthetic, kind=lambda k: partial(UnlockedStage, guess)).next_answers()
+
+    def one_batch(x: Activation) -> list[Callable[[], None]]:
+        return [lambda: one.previous(Input(x.batch, x.x, x.y)), lambda: one.previous(x)]
+
+    one.wire.late.extend([*one_batch(batches(1, 1)[0]), *one_batch(batches(2, 2)[0])])
+    one.wire.late.append(lambda: one.previous(*(Input(3, X, Y), Activation(3, X, Y)), Stop(3)))
+    one.worker.run()
+    sent = [message for message in one.heard(Side.PREVIOUS) if isinstance(message, Gradient)]
+    assert [(message.batch, message.starved) for message in sent] == [(1, True), (2, True), (3, True)]
+    assert one.worker._starved == set() and one.worker._heard[Side.PREVIOUS] == 3
+    assert one.log("to next: ")[:3] == ["Input 1", "Activation 1", "Input 2"]
 
 
 # -- a whole run -------------------------------------------------------------------------------------------------
