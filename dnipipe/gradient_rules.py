@@ -9,7 +9,10 @@ A rule is one class here and one line in RULES.
                         now                        arrived
     Synthetic, λ = 0    update with ĝ, send J^T ĝ  the predictor learns
     Synthetic, λ > 0    update with ĝ              the predictor learns; send J^T (λ g + (1-λ) ĝ)
-      not trusted       (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
+      not trusted:
+        wait, zero      (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
+        local           as ever                    the predictor learns nothing from g
+        scale           as ever, with a part of ĝ  the predictor learns
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
     Blend               update with ĝ, send J^T ĝ  the predictor learns; w (g - ĝ) joins the next update
     Delayed, Wait                                  update with g, send J^T g
@@ -31,6 +34,8 @@ from dnipipe.errors import ConfigError, NonFiniteLoss
 from dnipipe.learner import Learner
 from dnipipe.predictors import VFBN, Loss, loss_terms
 from dnipipe.trust import Trust
+
+LEAST = 0.01  # part of a prediction that is used at least: of nothing, no likeness could be measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +87,10 @@ class Synthetic(GradientRule):
     Args:
         bp_lambda: λ of BP(λ), the paper's appendix A.2. What the stage before is taught is J^T ḡ with
             ḡ = λ g + (1-λ) ĝ, and g itself such a mixture from further down. 0 needs no second backward.
-        warmup: batches during which the prediction is not trusted: it is measured but not used, and true gradients
-            travel all the way.
-        warmup_updates: whether the stage then updates, late, with the gradient that arrived, or not at all.
+        warmup: batches during which the prediction is not trusted.
+        meanwhile: what is done with a prediction that is not trusted. "wait" and "zero" only measure it, and true
+            gradients travel all the way; the stage updates, late, with the one that arrived, or not at all. "local"
+            uses it, taught by its own loss alone. "scale" uses it times its likeness to what arrives, but LEAST.
         trust: cosine with what arrives below which the prediction is not trusted either; -1 trusts it always.
     """
 
@@ -95,38 +101,43 @@ class Synthetic(GradientRule):
         learner: Learner,
         bp_lambda: float = 0.0,
         warmup: int = 0,
-        warmup_updates: bool = True,
+        meanwhile: str = "wait",
         trust: float = -1.0,
     ) -> None:
         self.learner: Learner = learner
         self.bp_lambda = bp_lambda
         self.warmup = warmup
-        self.warmup_updates = warmup_updates
+        self.meanwhile = meanwhile
         self.trust = Trust(trust)
-        self._unused: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
+        self._distrusted: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
 
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Synthetic:
         rule = config.rule
-        return cls(learner(), rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait", rule.trust)
+        return cls(learner(), rule.bp_lambda, rule.warmup, rule.warmup_rule, rule.trust)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
-        trusted = batch > self.warmup and self.trust.good
-        if not trusted:
-            self._unused.add(batch)
-        return Use(self.learner.guess(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
+        guess = self.learner.guess(h, y)
+        if batch <= self.warmup or not self.trust.good:
+            self._distrusted.add(batch)
+            if self.meanwhile in ("wait", "zero"):
+                return Use(guess, update=False, send=False)
+            if self.meanwhile == "scale":
+                guess *= max(LEAST, self.trust.likeness or 0.0)
+        return Use(guess, update=True, send=self.bp_lambda == 0)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
-        unused = batch in self._unused
-        self._unused.discard(batch)
+        meanwhile = self.meanwhile if batch in self._distrusted else ""
+        self._distrusted.discard(batch)
         if g is None:
             return None
-        self.learner.learn(h, y, g)
+        if meanwhile != "local":
+            self.learner.learn(h, y, g)
         if predicted is None:
             return None  # nothing was asked of this batch
         self.trust.observe(predicted, g)
-        if unused:
-            return Use(g, update=self.warmup_updates, send=True)
+        if meanwhile in ("wait", "zero"):
+            return Use(g, update=meanwhile == "wait", send=True)
         if self.bp_lambda == 0:
             return None
         return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
@@ -149,16 +160,16 @@ class Blend(Synthetic):
         learner: Learner,
         correction: float,
         warmup: int = 0,
-        warmup_updates: bool = True,
+        meanwhile: str = "wait",
         trust: float = -1.0,
     ) -> None:
-        super().__init__(learner, 0.0, warmup, warmup_updates, trust)
+        super().__init__(learner, 0.0, warmup, meanwhile, trust)
         self.correction = correction
 
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
         rule = config.rule
-        return cls(learner(), rule.correction, rule.warmup, rule.warmup_rule == "wait", rule.trust)
+        return cls(learner(), rule.correction, rule.warmup, rule.warmup_rule, rule.trust)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         use = super().arrived(batch, h, y, g, predicted)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,19 @@ from torch import Tensor
 
 from dnipipe.config import build
 from dnipipe.errors import ConfigError, NonFiniteLoss
-from dnipipe.gradient_rules import RULES, Blend, Delayed, GradientRule, Local, LossGradient, Skip, Synthetic, Use, Wait
+from dnipipe.gradient_rules import (
+    LEAST,
+    RULES,
+    Blend,
+    Delayed,
+    GradientRule,
+    Local,
+    LossGradient,
+    Skip,
+    Synthetic,
+    Use,
+    Wait,
+)
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN, Predictor
@@ -63,7 +76,7 @@ UNTRUSTED = (GUESS, False, False)  # only measured
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
     """As in a warm-up, batch by batch: what was asked before trust was lost is finished as it was begun."""
-    rule = Synthetic(Learner(Constant(), 0.1), warmup_updates=wait, trust=0.5)
+    rule = Synthetic(Learner(Constant(), 0.1), meanwhile="wait" if wait else "zero", trust=0.5)
     for batch in range(1, 1 + READ):
         use = rule.now(batch, H, Y)
         assert use is not None and use.update and use.send
@@ -74,6 +87,37 @@ def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
     assert same(rule.arrived(9, H, Y, G, use.g), (G, wait, True))
 
 
+def distrusted(meanwhile: str) -> tuple[Synthetic, Constant]:
+    """A rule that has just found its predictions unlike what comes: a cosine of 0 with G − mean(G), over and over."""
+    rule = Synthetic(Learner(predictor := Constant(), 0.0), meanwhile=meanwhile, trust=0.5)
+    for _ in range(READ):
+        rule.trust.observe(GUESS, G - G.mean())
+    assert not rule.trust.good
+    return rule, predictor
+
+
+def test_a_prediction_that_is_not_trusted_may_be_used_without_learning_from_what_arrives() -> None:
+    rule, predictor = distrusted("local")
+    use = rule.now(9, H, Y)
+    assert same(use, (GUESS, True, True)) and use is not None
+    assert rule.arrived(9, H, Y, G, use.g) is None and predictor.taught == []
+    rule.trust.good = True
+    rule.now(10, H, Y)
+    rule.arrived(10, H, Y, G, use.g)
+    assert len(predictor.taught) == 1
+
+
+def test_a_prediction_that_is_not_trusted_may_be_used_in_part() -> None:
+    """Its likeness is the part; at least LEAST, so that there is something whose likeness can be measured."""
+    rule, predictor = distrusted("scale")
+    for likeness, part in ((0.25, 0.25), (-0.7, LEAST)):
+        rule.trust.likeness = likeness
+        use = rule.now(9, H, Y)
+        assert same(use, (GUESS * part, True, True)) and use is not None
+        assert rule.arrived(9, H, Y, G, use.g) is None
+    assert len(predictor.taught) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "batch", "now", "arrived"),
     [
@@ -81,16 +125,16 @@ def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
         ({"bp_lambda": 0.5}, 1, (GUESS, True, False), ((G + GUESS) / 2, False, True)),
         ({"bp_lambda": 1.0}, 1, (GUESS, True, False), (G, False, True)),
         # in its warm-up; the last batch of it, and the first behind it
-        ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
-        ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
+        ({"warmup": 3, "meanwhile": "wait"}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "meanwhile": "zero"}, 3, UNTRUSTED, (G, False, True)),
         ({"warmup": 3, "bp_lambda": 0.5}, 3, UNTRUSTED, (G, True, True)),
-        ({"warmup": 3, "warmup_updates": True}, 4, (GUESS, True, True), None),
+        ({"warmup": 3, "meanwhile": "wait"}, 4, (GUESS, True, True), None),
         ({"warmup": 3, "bp_lambda": 0.5}, 4, (GUESS, True, False), ((G + GUESS) / 2, False, True)),
     ],
     ids=["0", "half", "1", "warm-up-wait", "warm-up-zero", "warm-up-half", "behind-warm-up", "behind-warm-up-half"],
 )
 def test_synthetic(
-    settings: dict[str, float], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool] | None
+    settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool] | None
 ) -> None:
     rule = Synthetic(Learner(predictor := Constant(), 0.1), **settings)  # type: ignore[arg-type]
     use = rule.now(batch, H, Y)
@@ -107,14 +151,14 @@ def test_synthetic(
     [
         ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
         # in its warm-up; the last batch of it, and the first behind it
-        ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
-        ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
+        ({"warmup": 3, "meanwhile": "wait"}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "meanwhile": "zero"}, 3, UNTRUSTED, (G, False, True)),
         ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
     ],
     ids=["blend", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
 )
 def test_blend(
-    settings: dict[str, int], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool]
+    settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool]
 ) -> None:
     """With w = 1/2; and from a gradient that was not made there is nothing to mend or to learn."""
     rule = Blend(Learner(predictor := Constant(), 0.1), 0.5, **settings)  # type: ignore[arg-type]
@@ -231,17 +275,17 @@ def made(**rule: object) -> GradientRule:
 
 
 def test_a_rule_has_the_settings_it_was_given() -> None:
-    for word, updates in (("wait", True), ("zero", False)):
+    for word in ("wait", "zero", "local", "scale"):
         rule = made(name="synthetic", bp_lambda=0.3, warmup=5, warmup_rule=word)
         assert isinstance(rule, Synthetic)
-        assert (rule.bp_lambda, rule.warmup, rule.warmup_updates) == (0.3, 5, updates)
+        assert (rule.bp_lambda, rule.warmup, rule.meanwhile) == (0.3, 5, word)
         assert rule.learner.adam.param_groups[0]["lr"] == 0.07
     rule = made(name="local", warmup=5)
     assert isinstance(rule, Local)
     assert rule.warmup == 5 and rule.learner.adam.param_groups[0]["lr"] == 0.07
     rule = made(name="blend", correction=0.3, warmup=5, warmup_rule="zero")
     assert isinstance(rule, Blend) and rule.learner.adam.param_groups[0]["lr"] == 0.07
-    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.warmup_updates) == (0.3, 0.0, 5, False)
+    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.meanwhile) == (0.3, 0.0, 5, "zero")
     assert type(made(name="wait")) is Wait and type(made(name="delayed")) is Delayed
 
 

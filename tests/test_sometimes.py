@@ -234,7 +234,7 @@ def test_it_learns_with_three_updates_in_ten() -> None:
         heads = [VFBN(nn.Linear(2, 3), F.cross_entropy, 0.1), VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1)]
         stages = make_stages(
             modules,
-            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, False),
+            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, "zero"),
             partial(torch.optim.Adam, lr=5e-3),
         )
         for k, stage in enumerate(stages):

@@ -253,10 +253,10 @@ def test_a_stage_clips_its_own_gradient() -> None:
 
 
 def test_in_a_warm_up_the_predictor_learns_and_is_not_applied() -> None:
-    for updates in (False, True):
+    for meanwhile, updates in (("zero", False), ("wait", True)):
         predictor = Fixed(100.0)
         stages = make_stages(
-            [nn.Linear(8, 6), nn.Linear(6, 3)], lambda k: Synthetic(Learner(predictor, 1e-3), 0.0, 2, updates), SGD
+            [nn.Linear(8, 6), nn.Linear(6, 3)], lambda k: Synthetic(Learner(predictor, 1e-3), 0.0, 2, meanwhile), SGD
         )
         line, counts = Line(stages), []
         for batch, (x, y) in enumerate(blobs(3), start=1):
@@ -300,7 +300,7 @@ def test_synthetic_gradients_train_where_frozen_stages_do_not(delay: int) -> Non
         heads = [VFBN(nn.Linear(2, 3), F.cross_entropy, 0.1), VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1)]
         stages = make_stages(
             modules,
-            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, False),
+            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, "zero"),
             partial(torch.optim.Adam, lr=5e-3),
         )
         line = Line(stages, delay)

@@ -194,7 +194,7 @@ def test_it_learns_where_frozen_stages_do_not(rule: str) -> None:
 
         def of(k: int) -> GradientRule:
             learner = Learner(heads[k], 3e-3)
-            return Synthetic(learner, 0, warmup, False) if rule == "synthetic" else Local(learner, warmup)
+            return Synthetic(learner, 0, warmup, "zero") if rule == "synthetic" else Local(learner, warmup)
 
         adam = partial(torch.optim.Adam, lr=5e-3)
         line = Line(make_stages(modules, of, adam, kind=lambda k: partial(UnlockedStage, models[k])), delay=3)

@@ -63,7 +63,11 @@ class Rule:
         0.0, "BP(λ): 0 bootstrapped targets, 1 the true gradient travelling from the loss", low=0.0, high=1.0
     )
     warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
-    warmup_rule: Literal["wait", "zero"] = setting("wait", "meanwhile: apply the true gradient late, or none at all")
+    warmup_rule: Literal["wait", "zero", "local", "scale"] = setting(
+        "wait",
+        "meanwhile: apply the true gradient, late; or none; or the prediction, taught by its own loss alone (vfbn); or "
+        "the prediction times its cosine with what arrives",
+    )
     trust: float = setting(
         -1.0,
         "cosine with what arrives below which a prediction is not used, until it is above again (-1: used always); "
@@ -193,6 +197,7 @@ class Config:
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
             )
         self._check_rule()
+        self._check_meanwhile()
         self._check_schedule()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
@@ -236,6 +241,13 @@ class Config:
                 "use rule.name = synthetic"
             )
 
+    def _check_meanwhile(self) -> None:
+        if self.rule.warmup_rule == "local" and self.predictor.name != "vfbn":
+            raise ConfigError(
+                f"rule.warmup_rule = local with predictor.name = {self.predictor.name}: it has no loss of its own; use "
+                "predictor.name = vfbn, or rule.warmup_rule = wait, zero or scale"
+            )
+
     def _check_unlocked(self) -> None:
         """What arrives was taken at the next stage's guess of this stage's output: to be learnt from, not applied."""
         rule, unlocked = self.rule, "with rule.forward_unlock = true: "
@@ -246,7 +258,8 @@ class Config:
         if other := sorted(names - {"synthetic", "local"}):
             raise ConfigError(f"rule.name = {other[0]} {unlocked}{applied}use rule.name = synthetic or local")
         if "synthetic" in names and rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
-            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}use rule.warmup_rule = zero")
+            way = "use rule.warmup_rule = zero, local or scale"
+            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}{way}")
 
 
 def phases(rule: Rule) -> list[tuple[int, str]]:
