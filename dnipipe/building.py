@@ -1,28 +1,29 @@
-"""From a job to a stage: the plan that stage 0 makes of model and data, a stage of that plan, and what it saves.
+"""From a job to a stage: the plan that stage 0 makes of model and data, and a stage of that plan.
 
-Job ─► first_batch ─► plan_for ─► Plan ─► build_stage ─► Stage ─ state_of ─► StageState
-                                                              ◄─ load_state ─
+Job ─► first_batch ─► plan_for ─► Plan ─► build_stage ─► Stage
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, gradient_rules, inputs, optim, predictors, split
-from dnipipe.checkpoint import StageState
-from dnipipe.config import Config
+from dnipipe import inputs, optim, predictors, split
+from dnipipe.config import Config, phases
 from dnipipe.data import Task, check_batch
-from dnipipe.errors import CheckpointError, ConfigError, DataError, HandshakeError
+from dnipipe.errors import ConfigError, DataError, HandshakeError
+from dnipipe.gradient_rules import RULES, GradientRule, LossGradient
+from dnipipe.learner import Learner
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
+from dnipipe.phases import Phases
 from dnipipe.predictors import Loss
 from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
@@ -99,26 +100,14 @@ def device_of(settings: Config) -> torch.device:
 
 def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
-    settings, device, first_layer = job.config, device_of(job.config), plan.layers_of(index)[0]
+    settings, device = job.config, device_of(job.config)
     module = split.part(model, plan, index).to(device)
-    rule_class = gradient_rules.RULES[settings.rule.name]
-    rule: gradient_rules.GradientRule
-    if index == plan.stages - 1:
-        stop = settings.train.on_nan == "stop"
-        rule = gradient_rules.LossGradient(job.loss, rule_class.teaches, measured.loss, stop)
-    else:
-        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
-        rule = rule_class.build(
-            settings, lambda: predictors.build(settings.predictor, plan.edge(index), job.loss).to(device)
-        )
-    if settings.rule.p_update < 1:
-        rule = Sometimes(rule, settings.rule.p_update, settings.train.seed, first_layer)
     kind = partial(UnlockedStage, inputs_of(settings, plan, index)) if settings.rule.forward_unlock else Stage
     return kind(
         index,
         plan.stages,
         module,
-        rule,
+        rule_of(job, plan, index, measured),
         Descent(
             job.optimizer([p for p in module.parameters() if p.requires_grad]),
             job.schedule or optim.schedule(settings, total),
@@ -129,9 +118,32 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         measured,
         loss=job.loss,
         seed=settings.train.seed,
-        first_layer=first_layer,
+        first_layer=plan.layers_of(index)[0],
         device=device,
     )
+
+
+def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> GradientRule:
+    """Where the stage's gradients come from; the last stage's from the loss. One predictor serves all its rules."""
+    settings = job.config
+
+    @functools.cache
+    def learner() -> Learner:
+        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
+        predictor = predictors.build(settings.predictor, plan.edge(index), job.loss)
+        return Learner(predictor.to(device_of(settings)), settings.predictor.lr)
+
+    def rule(name: str) -> GradientRule:
+        made: GradientRule
+        if index == plan.stages - 1:
+            made = LossGradient(job.loss, RULES[name].teaches, measured.loss, settings.train.on_nan == "stop")
+        else:
+            made = RULES[name].build(settings, learner)
+        p, first_layer = settings.rule.p_update, plan.layers_of(index)[0]
+        return made if p == 1 else Sometimes(made, p, settings.train.seed, first_layer)
+
+    rules = [(start, rule(name)) for start, name in phases(settings.rule)]
+    return rules[0][1] if len(rules) == 1 else Phases(rules)
 
 
 def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
@@ -154,8 +166,8 @@ def check_model(model: nn.Module, plan: Plan, index: int) -> None:
 
 
 def window_of(settings: Config, plan: Plan, index: int) -> Window:
-    """The setting; automatic: up to as many waiting batches as the memory limit holds, one if the rule waits."""
-    if settings.rule.name == "wait" or (settings.pipeline.window == "auto" and index == plan.stages - 1):
+    """The setting; automatic: up to as many waiting batches as the memory limit holds."""
+    if settings.pipeline.window == "auto" and index == plan.stages - 1:
         return Window(1)
     if settings.pipeline.window != "auto":
         return Window(settings.pipeline.window)
@@ -165,80 +177,3 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     for size in plan.edge(index).h:
         elements *= size
     return Window(None, limit=min(256, settings.pipeline.memory * 2**20 // max(1, 3 * 4 * elements)))
-
-
-# -- its state ---------------------------------------------------------------------------------------------------
-
-
-def state_of(stage: Stage, plan: Plan) -> StageState:
-    """What the stage is right now, by the whole model's names."""
-    rule, named = stage.rule, dict(stage.module.named_parameters())
-    predictor, learned = rule.shelf
-    if rule.predictor is not None and rule.optimizer is not None:
-        predictor = dict(rule.predictor.state_dict())
-        learned = checkpoint.optimizer_state(rule.optimizer, dict(rule.predictor.named_parameters()))
-    guessing: dict[str, dict[str, Any]] = {}
-    if isinstance(stage, UnlockedStage) and stage.inputs:
-        first, net = first_of(stage, plan), stage.inputs.net
-        moments = checkpoint.optimizer_state(stage.inputs.optimizer, dict(net.named_parameters()))
-        guessing["inputs"] = {f"{first}.{name}": tensor for name, tensor in net.state_dict().items()}
-        guessing["inputs_optimizer"] = {f"{first}.{name}": values for name, values in moments.items()}
-    return StageState(
-        weights=dict(stage.module.state_dict()),
-        optimizer=checkpoint.optimizer_state(stage.descent.optimizer, named),
-        gradients={name: p.grad for name, p in named.items() if p.grad is not None},
-        boundary=boundary_of(stage, plan),
-        predictor=predictor,
-        predictor_optimizer=learned,
-        counters={"batch": stage.last_batch, "updates": stage.updates},
-        **guessing,
-    )
-
-
-def load_state(stage: Stage, state: StageState) -> None:
-    """Make the stage what was saved. A boundary that did not exist then keeps its fresh predictor.
-
-    A rule without a predictor keeps the saved one on its shelf, so that a later rule goes on with it.
-    """
-    stage.module.load_state_dict(state.weights)
-    rule, named = stage.rule, dict(stage.module.named_parameters())
-    checkpoint.load_optimizer_state(stage.descent.optimizer, named, state.optimizer)
-    for name, gradient in state.gradients.items():
-        named[name].grad = gradient.to(named[name].device, copy=True)
-    if rule.predictor is None or rule.optimizer is None:
-        rule.shelf = state.predictor, state.predictor_optimizer
-    elif state.predictor:
-        what = f"predictor saved at {state.boundary}"
-        _load_learned(rule.predictor, rule.optimizer, state.predictor, state.predictor_optimizer, what)
-    if isinstance(stage, UnlockedStage) and stage.inputs and state.inputs:
-        weights = {name.partition(".")[2]: tensor for name, tensor in state.inputs.items()}
-        moments = {name.partition(".")[2]: values for name, values in state.inputs_optimizer.items()}
-        what = f"model of the input of {next(iter(state.inputs)).partition('.')[0]}"
-        _load_learned(stage.inputs.net, stage.inputs.optimizer, weights, moments, what)
-
-
-def _load_learned(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, Tensor],
-    learned: dict[str, dict[str, Any]],
-    what: str,
-) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError:
-        raise CheckpointError(
-            f"the {what} is of another kind than the settings say: go on with the [predictor] settings of the run's "
-            "config.toml"
-        ) from None
-    checkpoint.load_optimizer_state(optimizer, dict(module.named_parameters()), learned)
-
-
-def boundary_of(stage: Stage, plan: Plan) -> str:
-    """What a predictor is known by: the stage's last layer. The last stage has none."""
-    return "" if stage.last else plan.layers[plan.layers_of(stage.index)[-1]]
-
-
-def first_of(stage: Stage, plan: Plan) -> str:
-    """What the model of a stage's input is known by: the stage's first layer."""
-    return plan.layers[plan.layers_of(stage.index)[0]]

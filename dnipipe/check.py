@@ -63,10 +63,10 @@ def _inputs(stage: Stage, plan: Plan) -> str:
 
 
 def _predictor(stage: Stage, measured: StageMetrics) -> str:
-    if stage.rule.predictor is None:
+    if stage.rule.learner is None:
         return ""
     seconds = measured.clock.seconds()
     work = sum(seconds.get(label, 0.0) for label in ("forward", "backward", "predictor", "optimizer"))
-    count = sum(p.numel() for p in stage.rule.predictor.parameters())
+    count = sum(p.numel() for p in stage.rule.learner.predictor.parameters())
     share = seconds.get("predictor", 0.0) / work
     return f"; predictor {count:,} parameters; predicting took {share:.0%} of stage {stage.index}'s time"

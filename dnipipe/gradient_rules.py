@@ -9,9 +9,12 @@ A rule is one class here and one line in RULES.
                         now                        arrived
     Synthetic, λ = 0    update with ĝ, send J^T ĝ  the predictor learns
     Synthetic, λ > 0    update with ĝ              the predictor learns; send J^T (λ g + (1-λ) ĝ)
-      not trusted       (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
+      not trusted:
+        wait, zero      (ĝ is only measured)       the predictor learns; update with g, or not; send J^T g
+        local           as ever                    the predictor learns nothing from g
+        scale           as ever, with a part of ĝ  the predictor learns
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
-    Blend               update with ĝ, send J^T ĝ  the predictor learns; update with w (g - ĝ)
+    Blend               update with ĝ, send J^T ĝ  the predictor learns; w (g - ĝ) joins the next update
     Delayed, Wait                                  update with g, send J^T g
     LossGradient        update with ∂loss/∂h, send it back: the last stage                nothing arrives
 """
@@ -28,8 +31,11 @@ from torch import Tensor
 
 from dnipipe.config import Config
 from dnipipe.errors import ConfigError, NonFiniteLoss
-from dnipipe.predictors import VFBN, Loss, Predictor, loss_terms
+from dnipipe.learner import Learner
+from dnipipe.predictors import VFBN, Loss, loss_terms
 from dnipipe.trust import Trust
+
+LEAST = 0.01  # part of a prediction that is used at least: of nothing, no likeness could be measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +43,9 @@ class Use:
     """What to do with a gradient at h."""
 
     g: Tensor  # (B, D...) like h, d(mean loss over the batch)/d(element of h)
-    update: bool  # step the optimizer with it
+    update: bool  # add it, backpropagated, to the parameters' gradients
     send: bool  # give x.grad to the stage before
+    step: bool = True  # and step the optimizer with that; False: it joins the next step
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,13 @@ class GradientRule(ABC):
 
     teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
     again = False  # whether a batch that was applied and answered at once is applied again when its gradient is here
-    predictor: Predictor | None = None
-    optimizer: torch.optim.Optimizer | None = None  # the predictor's
+    in_flight: int | None = None  # batches that may lack their gradient; None: as many as the window holds
+    learner: Learner | None = None
     shelf: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # a predictor's saved state, for a rule that has one again
+
+    def at(self, batch: int) -> GradientRule:
+        """The rule that this batch belongs to."""
+        return self
 
     def draws(self, batch: int) -> bool:
         """Whether the stage updates on this batch at all."""
@@ -70,36 +81,16 @@ class GradientRule(ABC):
         """What to do now that its gradient is here; g is None if none was made for this batch."""
 
 
-class _Learner(GradientRule):
-    """A predictor with its own optimizer (Adam)."""
-
-    def __init__(self, predictor: Predictor, lr: float) -> None:
-        self.predictor = predictor
-        self.guess = predictor
-        self.optimizer = self.adam = torch.optim.Adam(predictor.parameters(), lr)
-        self.parameters: list[Tensor] = list(predictor.parameters())
-
-    def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
-        """One step on the predictor's loss, if there is something to learn from."""
-        loss = self.guess.loss(h, y, g)
-        if loss is not None:
-            self.descend(loss, self.parameters)
-
-    def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
-        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
-        self.adam.step()
-        self.adam.zero_grad()
-
-
-class Synthetic(_Learner):
+class Synthetic(GradientRule):
     """Update at once with the predicted gradient; what arrives teaches the predictor (arXiv:1608.05343, section 2).
 
     Args:
         bp_lambda: λ of BP(λ), the paper's appendix A.2. What the stage before is taught is J^T ḡ with
             ḡ = λ g + (1-λ) ĝ, and g itself such a mixture from further down. 0 needs no second backward.
-        warmup: batches during which the prediction is not trusted: it is measured but not used, and true gradients
-            travel all the way.
-        warmup_updates: whether the stage then updates, late, with the gradient that arrived, or not at all.
+        warmup: batches during which the prediction is not trusted.
+        meanwhile: what is done with a prediction that is not trusted. "wait" and "zero" only measure it, and true
+            gradients travel all the way; the stage updates, late, with the one that arrived, or not at all. "local"
+            uses it, taught by its own loss alone. "scale" uses it times its likeness to what arrives, but LEAST.
         trust: cosine with what arrives below which the prediction is not trusted either; -1 trusts it always.
     """
 
@@ -107,53 +98,57 @@ class Synthetic(_Learner):
 
     def __init__(
         self,
-        predictor: Predictor,
-        lr: float,
+        learner: Learner,
         bp_lambda: float = 0.0,
         warmup: int = 0,
-        warmup_updates: bool = True,
+        meanwhile: str = "wait",
         trust: float = -1.0,
     ) -> None:
-        super().__init__(predictor, lr)
+        self.learner: Learner = learner
         self.bp_lambda = bp_lambda
         self.warmup = warmup
-        self.warmup_updates = warmup_updates
+        self.meanwhile = meanwhile
         self.trust = Trust(trust)
-        self._unused: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
+        self._distrusted: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Synthetic:
-        rule, lr = config.rule, config.predictor.lr
-        return cls(predictor(), lr, rule.bp_lambda, rule.warmup, rule.warmup_rule == "wait", rule.trust)
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Synthetic:
+        rule = config.rule
+        return cls(learner(), rule.bp_lambda, rule.warmup, rule.warmup_rule, rule.trust)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
-        trusted = batch > self.warmup and self.trust.good
-        if not trusted:
-            self._unused.add(batch)
-        return Use(self.guess.predict(h, y), update=trusted, send=trusted and self.bp_lambda == 0)
+        guess = self.learner.guess(h, y)
+        if batch <= self.warmup or not self.trust.good:
+            self._distrusted.add(batch)
+            if self.meanwhile in ("wait", "zero"):
+                return Use(guess, update=False, send=False)
+            if self.meanwhile == "scale":
+                guess *= max(LEAST, self.trust.likeness or 0.0)
+        return Use(guess, update=True, send=self.bp_lambda == 0)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
-        unused = batch in self._unused
-        self._unused.discard(batch)
+        meanwhile = self.meanwhile if batch in self._distrusted else ""
+        self._distrusted.discard(batch)
         if g is None:
             return None
-        self.learn(h, y, g)
+        if meanwhile != "local":
+            self.learner.learn(h, y, g)
         if predicted is None:
             return None  # nothing was asked of this batch
         self.trust.observe(predicted, g)
-        if unused:
-            return Use(g, update=self.warmup_updates, send=True)
+        if meanwhile in ("wait", "zero"):
+            return Use(g, update=meanwhile == "wait", send=True)
         if self.bp_lambda == 0:
             return None
         return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
 
 
 class Blend(Synthetic):
-    """Synthetic with λ = 0, and its error mended as soon as it is known: a second, late update with w (g - ĝ).
+    """Synthetic with λ = 0, and its error mended when it is known: w (g - ĝ) is backpropagated, and what that gives
+    joins the next update. Summed over a run at w = 1 a stage has then followed g, a part of it late.
 
+    It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
     Nothing is sent for it: the stage before had its answer at once. A warm-up is Synthetic's, without any blending.
-    Adam steps nearly as far for a small gradient as for a large one, so a batch makes two full steps: what was gained
-    over Synthetic on MNIST and text came with w = 0.001 almost as well. Compare with Synthetic at a higher rate.
 
     Args: correction, w; the others are Synthetic's.
     """
@@ -162,53 +157,48 @@ class Blend(Synthetic):
 
     def __init__(
         self,
-        predictor: Predictor,
-        lr: float,
+        learner: Learner,
         correction: float,
         warmup: int = 0,
-        warmup_updates: bool = True,
+        meanwhile: str = "wait",
         trust: float = -1.0,
     ) -> None:
-        super().__init__(predictor, lr, 0.0, warmup, warmup_updates, trust)
+        super().__init__(learner, 0.0, warmup, meanwhile, trust)
         self.correction = correction
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Blend:
-        rule, lr = config.rule, config.predictor.lr
-        return cls(predictor(), lr, rule.correction, rule.warmup, rule.warmup_rule == "wait", rule.trust)
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
+        rule = config.rule
+        return cls(learner(), rule.correction, rule.warmup, rule.warmup_rule, rule.trust)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         use = super().arrived(batch, h, y, g, predicted)
         if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        return Use(self.correction * (g - predicted), update=True, send=False)
+        return Use(self.correction * (g - predicted), update=True, send=False, step=False)
 
 
-class Local(_Learner):
+class Local(GradientRule):
     """The gradient of the predictor's own loss, nothing from below: decoupled greedy learning (arXiv:1901.08164)."""
 
     teaches = False
 
-    def __init__(self, predictor: VFBN, lr: float, warmup: int = 0) -> None:
-        super().__init__(predictor, lr)
-        self.head = predictor
+    def __init__(self, learner: Learner, warmup: int = 0) -> None:
+        self.learner: Learner = learner
         self.warmup = warmup
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Local:
-        head = predictor()
-        if not isinstance(head, VFBN):
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Local:
+        taught = learner()
+        if not isinstance(taught.predictor, VFBN):
             raise ConfigError(
                 f"rule.name = local needs a predictor with a loss of its own, but predictor.name = "
                 f"{config.predictor.name}: use predictor.name = vfbn"
             )
-        return cls(head, config.predictor.lr, config.rule.warmup)
+        return cls(taught, config.rule.warmup)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
-        h = h.detach().requires_grad_()
-        self.descend(self.head.local_loss(h, y), [*self.parameters, h])  # one backward gives both gradients
-        assert h.grad is not None
-        return Use(h.grad, update=batch > self.warmup, send=True)
+        return Use(self.learner.guess(h, y), update=batch > self.warmup, send=True)
 
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         return None
@@ -223,7 +213,7 @@ class Delayed(GradientRule):
     teaches = True
 
     @classmethod
-    def build(cls, config: Config, predictor: Callable[[], Predictor]) -> Delayed:
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Delayed:
         return cls()
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
@@ -234,7 +224,9 @@ class Delayed(GradientRule):
 
 
 class Wait(Delayed):
-    """Delayed with one batch in flight (`building.window_of`): nothing lies between, so it is exact."""
+    """Delayed with one batch in flight: nothing lies between, so it is exact."""
+
+    in_flight = 1
 
 
 class LossGradient(GradientRule):

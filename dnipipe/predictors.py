@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
+from dnipipe.heads import Attention, Pool, Residual, Scores, Similarity
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> mean loss over the batch, 0-dim
 
@@ -34,15 +35,19 @@ def loss_terms(y: Tensor) -> int:
 
 
 class Predictor(nn.Module, ABC):
-    """What a gradient rule asks of a predictor."""
+    """What a learner (learner.py) asks of a predictor. It either computes ĝ, or has a loss whose gradient ĝ is."""
 
-    @abstractmethod
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
-        """ĝ for h (B, D...), of h's shape and the wire's unit, detached."""
+        """ĝ for h (B, D...), of h's shape and the wire's unit, detached: of a predictor without a loss of its own."""
+        raise NotImplementedError
+
+    def own_loss(self, h: Tensor, y: Tensor) -> Tensor | None:
+        """What to minimise at once, 0-dim, and what ĝ is the gradient of at h; None: it has none, and `predict`s."""
+        return None
 
     @abstractmethod
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
-        """What to minimise, 0-dim: distance to the gradient g that arrived. None if there is nothing to learn from."""
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor | None:
+        """What to minimise, 0-dim: distance to the gradient g that arrived. None if it does not learn from it."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,8 @@ class Regression(Predictor):
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
         return cast(Tensor, self(h, y)) / loss_terms(y)
 
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """(1/N) Σ (M(h, y) − N·g)²: summed over features, averaged over loss terms."""
-        if g is None:
-            return None
         n = loss_terms(y)
         return (cast(Tensor, self(h, y)) - n * g).square().sum() / n
 
@@ -145,63 +148,53 @@ def _zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Module:
 # -- virtual forward-backward network ----------------------------------------------------------------------------
 
 
-class Residual(nn.Module):
-    """h + W₂ gelu(W₁ norm(h)): the hidden layer of a VFBN head."""
-
-    def __init__(self, features: int, width: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, features)
-        )
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + cast(Tensor, self.net(h))
-
-
-class Pool(nn.Module):
-    """One row a sample out of an activation with positions: the mean over tokens, or 2 × 2 means of an image."""
-
-    def __init__(self, dimensions: int) -> None:
-        super().__init__()
-        self.dimensions = dimensions
-
-    def forward(self, h: Tensor) -> Tensor:
-        if self.dimensions == 4:
-            return F.adaptive_avg_pool2d(h, 2).flatten(1)  # (B, C, H, W) -> (B, 4C)
-        return h.flatten(1, -2).mean(1) if self.dimensions > 2 else h  # (B, T..., D) -> (B, D)
-
-
 class VFBN(Predictor):
     """ĝ = ∂/∂h loss(A(h), y): a small head A is trained so that its own gradient is the one that arrives.
 
-    It minimises  loss(A(h), y) + matching · (1/N) Σ (N·ĝ − N·g)².  The first part is the local loss: alone, it is
-    greedy layer-wise training (Belilovsky et al. 2019). The second needs the head's second derivative, so nothing in A
-    may be a fused kernel without one (attention). Source: Miyato et al., ICLR 2017 workshop, "Synthetic gradient
-    methods with virtual forward-backward networks".
+    It minimises  loss(A(h), y)  as soon as h is there, and  matching · (1/N) Σ (N·ĝ − N·g)²  when g is. The first is
+    the local loss: alone, it is greedy layer-wise training (Belilovsky et al. 2019). Learnt as late as g, it lets the
+    head lag behind its stage, and under eight batches a hop training goes backwards (docs/learning.md). The second
+    needs the head's second derivative, so nothing in A may be a fused kernel without one. Source: Miyato et al., ICLR
+    2017 workshop, "Synthetic gradient methods with virtual forward-backward networks".
+
+    Args:
+        head: A, from h to the model's output; or to features, of which `scores` makes the output.
+        loss: the model's own.
+        matching: weight of the second part; 0 leaves it out.
+        similarity: another loss of h beside the head's, and its share of the two.
     """
 
-    def __init__(self, head: nn.Module, loss: Loss, matching: float) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        loss: Loss,
+        matching: float,
+        scores: Scores | None = None,
+        similarity: tuple[Similarity, float] | None = None,
+    ) -> None:
         super().__init__()
         self.head = head
         self.task_loss = loss
         self.matching = matching
+        self.scores = scores
+        self.similarity = similarity[0] if similarity else None
+        self.share = similarity[1] if similarity else 0.0
 
-    def local_loss(self, h: Tensor, y: Tensor) -> Tensor:
-        return self.task_loss(self.head(h), y)
+    def own_loss(self, h: Tensor, y: Tensor) -> Tensor:
+        if self.scores is None:
+            loss = self.task_loss(self.head(h), y)
+        else:
+            loss = self.task_loss(*self.scores.among(self.head(h), y))
+        if self.similarity is None:
+            return loss
+        return (1 - self.share) * loss + self.share * cast(Tensor, self.similarity(h, y))
 
-    def predict(self, h: Tensor, y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            h = h.detach().requires_grad_()
-            (predicted,) = torch.autograd.grad(self.local_loss(h, y), h)
-        return predicted
-
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor:
-        if g is None or self.matching == 0:
-            return self.local_loss(h, y)
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor | None:
+        if self.matching == 0:
+            return None
         h = h.detach().requires_grad_()
-        local = self.local_loss(h, y)
-        (predicted,) = torch.autograd.grad(local, h, create_graph=True)
-        return local + self.matching * loss_terms(y) * (predicted - g).square().sum()
+        (predicted,) = torch.autograd.grad(self.own_loss(h, y), h, create_graph=True)
+        return self.matching * loss_terms(y) * (predicted - g).square().sum()
 
 
 # -- the registry ------------------------------------------------------------------------------------------------
@@ -266,10 +259,40 @@ def _vfbn(settings: Settings, edge: Edge, loss: Loss) -> VFBN:
             "cut elsewhere, or use predictor.name = linear, mlp or conv"
         )
     features = 4 * edge.h[1] if len(edge.h) == 4 and not pointwise else edge.h[-1]
-    width = settings.width or 4 * features
-    layers: list[nn.Module] = [] if pointwise else [Pool(len(edge.h))]
-    layers += [Residual(features, width) for _ in range(max(settings.hidden, 0))]
-    return VFBN(nn.Sequential(*layers, nn.Linear(features, edge.output[-1])), loss, settings.matching)
+    layers: list[nn.Module] = []
+    if settings.attention:
+        layers.append(_attention(settings, edge))
+    if not pointwise:
+        layers.append(Pool(len(edge.h)))
+    layers += [Residual(features, settings.width or 4 * features) for _ in range(max(settings.hidden, 0))]
+    similarity = (_similarity(edge, features), settings.similarity) if settings.similarity else None
+    classes = edge.output[-1]
+    if 0 < settings.sampled < classes:
+        if edge.classes is None:
+            raise ConfigError(
+                f"predictor.sampled = {settings.sampled}, but the labels are no classes: leave predictor.sampled at 0"
+            )
+        scores = Scores(features, classes, settings.sampled)
+        return VFBN(nn.Sequential(*layers), loss, settings.matching, scores, similarity)
+    return VFBN(nn.Sequential(*layers, nn.Linear(features, classes)), loss, settings.matching, None, similarity)
+
+
+def _attention(settings: Settings, edge: Edge) -> Attention:
+    if len(edge.h) != 3 or edge.h[-1] % settings.attention:
+        raise ConfigError(
+            f"predictor.attention = {settings.attention} needs an activation (B, T, D) with D a multiple of it, but it "
+            f"has shape {edge.h}: set predictor.attention = 0"
+        )
+    return Attention(edge.h[-1], settings.attention)
+
+
+def _similarity(edge: Edge, features: int) -> Similarity:
+    if edge.classes is None or not (edge.per_token or (len(edge.h) == 2 and len(edge.y) == 1)):
+        raise ConfigError(
+            f"predictor.similarity needs rows with a class each, but h has shape {edge.h} and the labels {edge.y}"
+            f"{'' if edge.classes else ', which are no classes'}: set predictor.similarity = 0"
+        )
+    return Similarity(features, edge.classes)
 
 
 KINDS: dict[str, Callable[[Settings, Edge, Loss], Predictor]] = {

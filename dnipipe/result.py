@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dnipipe.building import Job
-from dnipipe.config import Config
+from dnipipe.config import Config, phases
 from dnipipe.data import Task
 from dnipipe.head import Head
 from dnipipe.split import Plan
@@ -42,7 +42,7 @@ def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]
         return
     print(
         f"trained {train['batches']} batches in {train['seconds']:.1f} s: {train['samples_per_second']:.0f} samples/s, "
-        f"{config.pipeline.stages} stages, rule {config.rule.name}"
+        f"{config.pipeline.stages} stages, rule {rule_of(config)}"
     )
     for stage in summary["stage"]:
         for reason, count in stage["reasons"].items():
@@ -68,3 +68,8 @@ def _evaluated(config: Config, task: Task, loss: float, accuracy: float | None) 
 
 def _indented(text: str) -> str:
     return "\n".join(f"    │ {line}" for line in text.splitlines())
+
+
+def rule_of(config: Config) -> str:
+    """The rule's name; or each one's, with the batch it began with."""
+    return ", ".join(name if start == 1 else f"{name} from batch {start}" for start, name in phases(config.rule))

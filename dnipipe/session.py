@@ -22,14 +22,10 @@ from torch import Tensor
 from dnipipe import checkpoint, metrics, result
 from dnipipe.building import (
     Job,
-    boundary_of,
     build_stage,
     check_model,
     first_batch,
-    first_of,
-    load_state,
     plan_for,
-    state_of,
     total_batches,
     window_of,
 )
@@ -45,6 +41,7 @@ from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport

@@ -99,6 +99,11 @@ class Stage:
         """Batches sent on that the next stage has not answered: what the window limits."""
         return len(self.pending) + len(self.evaluating)
 
+    def room(self, window: int) -> bool:
+        """Whether the next batch may come: the window has room, and the rule that it belongs to allows it."""
+        most = self.rule.at(self.last_batch + 1).in_flight
+        return self.in_flight < (window if most is None else min(window, most))
+
     def handle(self, message: Message) -> Iterator[Message]:
         """What this stage sends because of `message`. Raises MessageError for a message that does not belong here."""
         if isinstance(message, Activation):
@@ -122,7 +127,8 @@ class Stage:
         self._check_order(batch)
         self.last_batch = batch
         self._mode(training=True)
-        x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and self.rule.teaches)
+        rule = self.rule.at(batch)
+        x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and rule.teaches)
         with self.metrics.clock.span("forward"):
             reseed(self.seed, self.first_layer, batch)
             h = self.module(x)  # 1
@@ -130,9 +136,9 @@ class Stage:
         if not self.last:
             yield Activation(batch, out, y)  # 2
         with self.metrics.clock.span("predictor"):
-            use = self.rule.now(batch, out, y)  # 3
+            use = rule.now(batch, out, y)  # 3
         skip, use = (use, None) if isinstance(use, Skip) else (None, use)
-        done = skip or (use and use.update and use.send and not self.rule.again)
+        done = skip or (use and use.update and use.send and not rule.again)
         pending = Pending(
             x=None if done else x.detach(),
             h=out,
@@ -156,18 +162,18 @@ class Stage:
         pending = self.pending.pop(batch, None)  # 6
         if pending is None or (g is not None and g.shape != pending.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
-        late = self.updates - pending.updates
+        rule, late = self.rule.at(batch), self.updates - pending.updates
         if g is not None:
             self.metrics.received(pending.predicted, g, late)
         with self.metrics.clock.span("predictor"):
-            use = self.rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
+            use = rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
         if use and (use.update or self.index > 0):
             assert pending.x is not None
             x = pending.x.requires_grad_(self.index > 0 and use.send)
             with self.metrics.clock.span("forward"):
                 h = self._forward_again(batch, x)
             yield from self._apply(batch, x, h, use, late)
-        elif g is None and self.rule.teaches and not pending.skipped:
+        elif g is None and rule.teaches and not pending.skipped:
             yield from self._skip(batch, "no gradient came", answered=pending.answered)
         if batch in self.save_after:
             self.save_after.remove(batch)
@@ -186,7 +192,7 @@ class Stage:
                 (x.grad,) = torch.autograd.grad(h, x, use.g)
         if use.send and self.index > 0:
             yield Gradient(batch, x.grad)
-        if use.update:
+        if use.update and use.step:
             with self.metrics.clock.span("optimizer"):
                 self.updates += self.descent.step(batch, late)
 

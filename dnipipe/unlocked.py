@@ -52,7 +52,7 @@ class UnlockedStage(Stage):
             self.inputs.check(x)
         if not self.last:
             yield message
-        drawn = self.rule.draws(batch)
+        drawn = self.rule.at(batch).draws(batch)
         self.seen = x if drawn else None
         if not drawn:
             yield from self._leave_out(message)

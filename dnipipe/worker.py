@@ -141,7 +141,7 @@ class Worker:
     def _next(self) -> Message | None:
         """The next message, if one comes before something else is due (a report, a limit)."""
         self._tick()
-        room = self.stage.in_flight < self.window.size
+        room = self.stage.room(self.window.size)
         feeding = self.head is not None and room and not self.stopping
         sides, idle = self._sides(room), self.metrics.clock.span("idle")
         waits = idle.entered

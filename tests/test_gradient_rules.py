@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,20 @@ from torch import Tensor
 
 from dnipipe.config import build
 from dnipipe.errors import ConfigError, NonFiniteLoss
-from dnipipe.gradient_rules import RULES, Blend, Delayed, GradientRule, Local, LossGradient, Skip, Synthetic, Use, Wait
+from dnipipe.gradient_rules import (
+    LEAST,
+    RULES,
+    Blend,
+    Delayed,
+    GradientRule,
+    Local,
+    LossGradient,
+    Skip,
+    Synthetic,
+    Use,
+    Wait,
+)
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN, Predictor
 from dnipipe.trust import READ
@@ -46,11 +60,12 @@ class Constant(Predictor):
 GUESS = torch.full_like(H, 0.25)
 
 
-def same(found: Use | None, expected: tuple[Tensor, bool, bool] | None) -> bool:
-    """Bitwise; (gradient, update, send)."""
+def same(found: Use | None, expected: tuple[Tensor, bool, bool] | tuple[Tensor, bool, bool, bool] | None) -> bool:
+    """Bitwise; (gradient, update, send), and whether it steps: it does if that is not said."""
     if found is None or expected is None:
         return found is None and expected is None
-    return torch.equal(found.g, expected[0]) and (found.update, found.send) == expected[1:]
+    flags = expected[1:] if len(expected) == 4 else (*expected[1:], True)
+    return torch.equal(found.g, expected[0]) and (found.update, found.send, found.step) == flags
 
 
 # -- the table ---------------------------------------------------------------------------------------------------
@@ -61,7 +76,7 @@ UNTRUSTED = (GUESS, False, False)  # only measured
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
     """As in a warm-up, batch by batch: what was asked before trust was lost is finished as it was begun."""
-    rule = Synthetic(Constant(), 0.1, warmup_updates=wait, trust=0.5)
+    rule = Synthetic(Learner(Constant(), 0.1), meanwhile="wait" if wait else "zero", trust=0.5)
     for batch in range(1, 1 + READ):
         use = rule.now(batch, H, Y)
         assert use is not None and use.update and use.send
@@ -72,6 +87,37 @@ def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
     assert same(rule.arrived(9, H, Y, G, use.g), (G, wait, True))
 
 
+def distrusted(meanwhile: str) -> tuple[Synthetic, Constant]:
+    """A rule that has just found its predictions unlike what comes: a cosine of 0 with G − mean(G), over and over."""
+    rule = Synthetic(Learner(predictor := Constant(), 0.0), meanwhile=meanwhile, trust=0.5)
+    for _ in range(READ):
+        rule.trust.observe(GUESS, G - G.mean())
+    assert not rule.trust.good
+    return rule, predictor
+
+
+def test_a_prediction_that_is_not_trusted_may_be_used_without_learning_from_what_arrives() -> None:
+    rule, predictor = distrusted("local")
+    use = rule.now(9, H, Y)
+    assert same(use, (GUESS, True, True)) and use is not None
+    assert rule.arrived(9, H, Y, G, use.g) is None and predictor.taught == []
+    rule.trust.good = True
+    rule.now(10, H, Y)
+    rule.arrived(10, H, Y, G, use.g)
+    assert len(predictor.taught) == 1
+
+
+def test_a_prediction_that_is_not_trusted_may_be_used_in_part() -> None:
+    """Its likeness is the part; at least LEAST, so that there is something whose likeness can be measured."""
+    rule, predictor = distrusted("scale")
+    for likeness, part in ((0.25, 0.25), (-0.7, LEAST)):
+        rule.trust.likeness = likeness
+        use = rule.now(9, H, Y)
+        assert same(use, (GUESS * part, True, True)) and use is not None
+        assert rule.arrived(9, H, Y, G, use.g) is None
+    assert len(predictor.taught) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "batch", "now", "arrived"),
     [
@@ -79,18 +125,18 @@ def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
         ({"bp_lambda": 0.5}, 1, (GUESS, True, False), ((G + GUESS) / 2, False, True)),
         ({"bp_lambda": 1.0}, 1, (GUESS, True, False), (G, False, True)),
         # in its warm-up; the last batch of it, and the first behind it
-        ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
-        ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
+        ({"warmup": 3, "meanwhile": "wait"}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "meanwhile": "zero"}, 3, UNTRUSTED, (G, False, True)),
         ({"warmup": 3, "bp_lambda": 0.5}, 3, UNTRUSTED, (G, True, True)),
-        ({"warmup": 3, "warmup_updates": True}, 4, (GUESS, True, True), None),
+        ({"warmup": 3, "meanwhile": "wait"}, 4, (GUESS, True, True), None),
         ({"warmup": 3, "bp_lambda": 0.5}, 4, (GUESS, True, False), ((G + GUESS) / 2, False, True)),
     ],
     ids=["0", "half", "1", "warm-up-wait", "warm-up-zero", "warm-up-half", "behind-warm-up", "behind-warm-up-half"],
 )
 def test_synthetic(
-    settings: dict[str, float], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool] | None
+    settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool] | None
 ) -> None:
-    rule = Synthetic(predictor := Constant(), 0.1, **settings)  # type: ignore[arg-type]
+    rule = Synthetic(Learner(predictor := Constant(), 0.1), **settings)  # type: ignore[arg-type]
     use = rule.now(batch, H, Y)
     assert same(use, now) and use is not None
     assert predictor.taught == []
@@ -103,19 +149,19 @@ def test_synthetic(
 @pytest.mark.parametrize(
     ("settings", "batch", "now", "arrived"),
     [
-        ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False)),
+        ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
         # in its warm-up; the last batch of it, and the first behind it
-        ({"warmup": 3, "warmup_updates": True}, 3, UNTRUSTED, (G, True, True)),
-        ({"warmup": 3, "warmup_updates": False}, 3, UNTRUSTED, (G, False, True)),
-        ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False)),
+        ({"warmup": 3, "meanwhile": "wait"}, 3, UNTRUSTED, (G, True, True)),
+        ({"warmup": 3, "meanwhile": "zero"}, 3, UNTRUSTED, (G, False, True)),
+        ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
     ],
     ids=["blend", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
 )
 def test_blend(
-    settings: dict[str, int], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool]
+    settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool]
 ) -> None:
     """With w = 1/2; and from a gradient that was not made there is nothing to mend or to learn."""
-    rule = Blend(predictor := Constant(), 0.1, 0.5, **settings)  # type: ignore[arg-type]
+    rule = Blend(Learner(predictor := Constant(), 0.1), 0.5, **settings)  # type: ignore[arg-type]
     use = rule.now(batch, H, Y)
     assert same(use, now) and use is not None
     assert rule.arrived(batch, H, Y, None, use.g) is None and predictor.taught == []
@@ -128,14 +174,14 @@ def test_blend(
 @pytest.mark.parametrize("settings", [{}, {"bp_lambda": 0.5}, {"warmup": 3}])
 def test_synthetic_learns_nothing_from_a_gradient_that_was_not_made(settings: dict[str, float]) -> None:
     """The batch was skipped further down. A regression has no target then."""
-    rule = Synthetic(predictor := Constant(), 0.1, **settings)  # type: ignore[arg-type]
+    rule = Synthetic(Learner(predictor := Constant(), 0.1), **settings)  # type: ignore[arg-type]
     use = rule.now(1, H, Y)
     assert use is not None and rule.arrived(1, H, Y, None, use.g) is None
     assert predictor.value.item() == 0.25
 
 
 def test_synthetic_mixes_with_what_was_guessed_then_not_with_what_would_be_now() -> None:
-    rule = Synthetic(Constant(), 0.1, bp_lambda=0.25)
+    rule = Synthetic(Learner(Constant(), 0.1), bp_lambda=0.25)
     first = rule.now(1, H, Y)
     assert first is not None
     rule.arrived(2, H, Y, G, first.g)  # meanwhile it learns
@@ -148,7 +194,7 @@ def test_local_applies_its_own_loss_gradient_and_learns_in_the_same_backward(war
     head = nn.Linear(2, 2)
     h, untrained = H.clone().requires_grad_(), copy.deepcopy(head)
     (expected,) = torch.autograd.grad(F.cross_entropy(untrained(h), Y), h)
-    rule = Local(VFBN(head, F.cross_entropy, matching=9.0), 0.1, warmup)
+    rule = Local(Learner(VFBN(head, F.cross_entropy, matching=9.0), 0.1), warmup)
     assert same(rule.now(1, H, Y), (expected, warmup == 0, True))
     moved = copy.deepcopy(head.weight)
     assert not torch.equal(moved, untrained.weight)
@@ -162,7 +208,7 @@ def test_delayed_and_wait(rule: GradientRule) -> None:
     assert rule.now(1, H, Y) is None
     assert same(rule.arrived(1, H, Y, G, None), (G, True, True))
     assert rule.arrived(1, H, Y, None, None) is None
-    assert rule.teaches and rule.predictor is None
+    assert rule.teaches and rule.learner is None
 
 
 def test_the_last_stage_has_the_true_gradient_and_tells_the_loss() -> None:
@@ -208,7 +254,7 @@ def test_bp_lambda_is_the_papers_recursion(lam: float) -> None:
     guesses = [Constant(0.5), Constant(-1.0), Constant(4.0)]
     still = partial(torch.optim.SGD, lr=0.0)
     stages = make_stages(
-        modules, lambda k: Synthetic(guesses[k], 0.0, bp_lambda=lam), still, loss=lambda h, y: h.mean()
+        modules, lambda k: Synthetic(Learner(guesses[k], 0.0), bp_lambda=lam), still, loss=lambda h, y: h.mean()
     )
     line = Line(stages)
     line.feed(Activation(1, torch.randn(4, 1), torch.zeros(4)))
@@ -225,25 +271,25 @@ def test_bp_lambda_is_the_papers_recursion(lam: float) -> None:
 
 def made(**rule: object) -> GradientRule:
     config = build({"rule": rule, "predictor": {"lr": 0.07}})
-    return RULES[config.rule.name].build(config, lambda: VFBN(nn.Linear(2, 2), F.cross_entropy, 0.0))
+    return RULES[config.rule.name].build(config, lambda: Learner(VFBN(nn.Linear(2, 2), F.cross_entropy, 0.0), 0.07))
 
 
 def test_a_rule_has_the_settings_it_was_given() -> None:
-    for word, updates in (("wait", True), ("zero", False)):
+    for word in ("wait", "zero", "local", "scale"):
         rule = made(name="synthetic", bp_lambda=0.3, warmup=5, warmup_rule=word)
         assert isinstance(rule, Synthetic)
-        assert (rule.bp_lambda, rule.warmup, rule.warmup_updates) == (0.3, 5, updates)
-        assert rule.adam.param_groups[0]["lr"] == 0.07
+        assert (rule.bp_lambda, rule.warmup, rule.meanwhile) == (0.3, 5, word)
+        assert rule.learner.adam.param_groups[0]["lr"] == 0.07
     rule = made(name="local", warmup=5)
     assert isinstance(rule, Local)
-    assert rule.warmup == 5 and rule.adam.param_groups[0]["lr"] == 0.07
+    assert rule.warmup == 5 and rule.learner.adam.param_groups[0]["lr"] == 0.07
     rule = made(name="blend", correction=0.3, warmup=5, warmup_rule="zero")
-    assert isinstance(rule, Blend) and rule.adam.param_groups[0]["lr"] == 0.07
-    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.warmup_updates) == (0.3, 0.0, 5, False)
+    assert isinstance(rule, Blend) and rule.learner.adam.param_groups[0]["lr"] == 0.07
+    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.meanwhile) == (0.3, 0.0, 5, "zero")
     assert type(made(name="wait")) is Wait and type(made(name="delayed")) is Delayed
 
 
 def test_local_needs_a_predictor_with_a_loss_of_its_own() -> None:
     config = build({"rule": {"name": "local"}, "predictor": {"name": "linear"}})
     with pytest.raises(ConfigError, match=r"predictor\.name = linear: use predictor\.name = vfbn"):
-        Local.build(config, Constant)
+        Local.build(config, lambda: Learner(Constant(), 0.1))

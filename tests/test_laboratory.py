@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_pa
     after = saved(run, "predictor")
     assert after.keys() == before.keys() and not same(after, before)
     steps = {tensor.item() for name, tensor in after.items() if name.endswith("/step")}
-    assert steps == {20 + 10}  # of its optimizer: the lessons of both stretches
+    assert steps == {2 * (20 + 10)}  # of its optimizer: two lessons a batch in both stretches, at once and from g
 
 
 def test_another_kind_of_predictor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe import checkpoint
-from dnipipe.building import boundary_of, load_state, state_of
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN
 from dnipipe.split import Plan, part, plan
 from dnipipe.stage import Stage
+from dnipipe.state import boundary_of, load_state, state_of
 from tests.conftest import Line, blobs, make_stages
 from tests.test_stage import SGD, Fixed, equal, layers, one_at_a_time, plain
 
@@ -37,26 +38,33 @@ def fed(stages: list[Stage], batches: int, delay: int) -> list[Stage]:
     return stages
 
 
-def by_hand(delay: int, batches: int) -> nn.Module:
-    """Two stages: the lower's forward runs at once for the upper, and again when the gradient is to be applied."""
+def by_hand(delay: int, batches: int, joins: bool = False) -> nn.Module:
+    """Two stages: the lower's forward runs at once for the upper, and again when the gradient is to be applied.
+
+    joins: the gradient is applied in the step behind the next forward.
+    """
     lower, upper = two()
     optimizers = [SGD(lower.parameters()), SGD(upper.parameters())]
     late: list[tuple[Tensor, Tensor]] = []
     for x, y in [*blobs(batches), *[(None, None)] * delay]:
         if x is not None:
             h = lower(x).detach().requires_grad_()
+            if joins:
+                optimizers[0].step()
+                optimizers[0].zero_grad()
             F.cross_entropy(upper(h), y).backward()
             optimizers[1].step()
             optimizers[1].zero_grad()
             late.append((x, h.grad))
         if x is None or len(late) > delay:
             x, g = late.pop(0)
-            optimizers[0].zero_grad()
             statistics = [buffer.clone() for buffer in lower.buffers()]
             lower(x).backward(g)
             for buffer, before in zip(lower.buffers(), statistics, strict=True):
                 buffer.copy_(before)
-            optimizers[0].step()
+            if not joins:
+                optimizers[0].step()
+                optimizers[0].zero_grad()
     return nn.Sequential(lower, upper)
 
 
@@ -71,12 +79,12 @@ def test_delayed_updates_with_the_gradient_of_a_batch_long_past(delay: int) -> N
 
 
 @pytest.mark.parametrize("delay", [0, 3])
-def test_blend_with_a_guess_of_nothing_equals_delayed(delay: int) -> None:
-    """Its first update does nothing (plain SGD), and the second has the whole gradient."""
-    blend = fed(make_stages(two(), lambda k: Blend(Fixed(0.0), 1e-3, 1.0), SGD), 10, delay)
-    delayed = fed(make_stages(two(), lambda k: Delayed(), SGD), 10, delay)
-    assert equal(blend, nn.Sequential(*(stage.module for stage in delayed)))
-    assert [stage.updates for stage in blend] == [20, 10]
+def test_blend_with_a_guess_of_nothing_takes_the_gradient_into_the_next_update(delay: int) -> None:
+    """Plain SGD: the guess moves nothing, so all that moves is what came; and a batch still makes one update."""
+    stages = fed(make_stages(two(), lambda k: Blend(Learner(Fixed(0.0), 1e-3), 1.0), SGD), 10, delay)
+    assert equal(stages, by_hand(delay, 10, joins=True))
+    assert not equal(stages, by_hand(delay, 10))
+    assert [stage.updates for stage in stages] == [10, 10]
 
 
 def test_a_late_update_has_a_smaller_rate_until_the_delay_is_known_to_do_no_harm() -> None:
@@ -134,9 +142,9 @@ def test_with_a_round_trip_of_m_batches_no_gradient_is_more_than_one_update_late
 
 def test_every_rule_can_accumulate() -> None:
     for rule, updates in (
-        (lambda k: Synthetic(Fixed(0.1), 1e-3), [3, 3, 3]),
-        (lambda k: Local(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2), [3, 3, 3]),
-        (lambda k: Blend(Fixed(0.1), 1e-3, 1.0), [6, 6, 3]),  # what was predicted, and what corrects it
+        (lambda k: Synthetic(Learner(Fixed(0.1), 1e-3)), [3, 3, 3]),
+        (lambda k: Local(Learner(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2)), [3, 3, 3]),
+        (lambda k: Blend(Learner(Fixed(0.1), 1e-3), 1.0), [3, 3, 3]),
     ):
         stages = fed(make_stages(layers(), rule, SGD, accumulate=4), 14, delay=2)
         assert [stage.updates for stage in stages] == updates

@@ -15,9 +15,12 @@ MAY = {
     "metrics": "errors",
     "codec": "messages errors",
     "transport": "messages errors codec",
-    "predictors": "config errors",
+    "heads": "",
+    "predictors": "config errors heads",
     "trust": "",
-    "gradient_rules": "config errors predictors trust",
+    "learner": "predictors",
+    "gradient_rules": "config errors learner predictors trust",
+    "phases": "gradient_rules",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
     "inputs": "config errors predictors",
@@ -37,10 +40,11 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "checkpoint config data errors gradient_rules inputs metrics optim predictors randomness "
+    "building": "config data errors gradient_rules inputs learner metrics optim phases predictors randomness "
     "sometimes split stage unlocked window",
+    "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
-    "result split stage transport worker",
+    "result split stage state transport worker",
     "check": "building messages metrics result split stage unlocked",
     "started": "",
     "launcher": "loopback started",

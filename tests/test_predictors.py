@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
-from dnipipe.gradient_rules import Synthetic
+from dnipipe.learner import Learner
 from dnipipe.predictors import VFBN, Edge, build, loss_terms
 from tests.conftest import blobs
 
@@ -39,6 +39,10 @@ EVERY = [
     ),
     *((Settings(name="conv", condition=c), IMAGES) for c in (True, False)),
     *((Settings(name="vfbn", hidden=n), e) for n in (0, 2) for e in (SAMPLES, TOKENS, SEQUENCE, IMAGES, VALUES)),
+    (Settings(name="vfbn", attention=2, hidden=1), TOKENS),
+    (Settings(name="vfbn", attention=4), SEQUENCE),
+    *((Settings(name="vfbn", sampled=4, hidden=n), TOKENS) for n in (0, 1)),
+    *((Settings(name="vfbn", similarity=0.9), e) for e in (SAMPLES, TOKENS)),
     (Settings(name="linear", condition=False), VALUES),
 ]
 
@@ -49,17 +53,22 @@ def test_a_guess_has_the_shape_of_h_and_a_step_lowers_the_loss(settings: Setting
     predictor = build(settings, edge, loss)
     h, y = example(edge)
     g = torch.randn_like(h) / loss_terms(y)
-    guess = predictor.predict(h, y)
+    learner, losses, own = Learner(predictor, 1e-2), [], []
+    guess = learner.guess(h, y)
     assert guess.shape == h.shape and not guess.requires_grad
     if settings.name != "vfbn":
         assert torch.equal(guess, torch.zeros_like(h))  # the paper: initially zero synthetic gradient
-    rule, losses = Synthetic(predictor, lr=1e-2), []
     for _ in range(8):
-        value = predictor.loss(h, y, g)
+        value, at_once = predictor.loss(h, y, g), predictor.own_loss(h, y)
         assert value is not None and value.dim() == 0
         losses.append(value.item())
-        rule.learn(h, y, g)
-    assert losses[-1] < losses[0]
+        if at_once is None:
+            learner.learn(h, y, g)
+        else:
+            own.append(at_once.item())
+            learner.guess(h, y)
+    assert bool(own) is (settings.name == "vfbn")
+    assert (own or losses)[-1] < (own or losses)[0]
     assert all(p.grad is None or not p.grad.any() for p in predictor.parameters())
 
 
@@ -73,7 +82,8 @@ def test_targets_do_not_shrink_with_the_batch(settings: Settings) -> None:
     once = predictor.loss(h, y, g)
     twice = predictor.loss(torch.cat([h, h]), torch.cat([y, y]), torch.cat([g, g]) / 2)
     torch.testing.assert_close(once, twice)
-    torch.testing.assert_close(predictor.predict(torch.cat([h, h]), torch.cat([y, y]))[:6], predictor.predict(h, y) / 2)
+    learner = Learner(predictor, 0.0)
+    torch.testing.assert_close(learner.guess(torch.cat([h, h]), torch.cat([y, y]))[:6], learner.guess(h, y) / 2)
 
 
 def test_the_regression_loss_is_summed_over_features_and_averaged_over_terms() -> None:
@@ -89,25 +99,38 @@ def test_vfbn_guesses_its_heads_own_gradient() -> None:
     assert isinstance(predictor, VFBN)
     h, y = example(SAMPLES)
     h.requires_grad_()
-    predictor.local_loss(h, y).backward()
-    assert h.grad is not None
-    torch.testing.assert_close(predictor.predict(h, y), h.grad)
+    (expected,) = torch.autograd.grad(predictor.own_loss(h, y), h)
+    before = predictor.own_loss(h, y).item()
+    torch.testing.assert_close(Learner(predictor, 1e-3).guess(h, y), expected)
+    assert predictor.own_loss(h, y).item() < before  # and has learnt from that very batch
+
+
+def test_vfbn_learns_from_what_arrives_only_how_far_off_it_was() -> None:
+    torch.manual_seed(0)
+    predictor = build(Settings(name="vfbn", matching=2.0), SAMPLES, loss)
+    h, y = example(SAMPLES)
+    guess = Learner(predictor, 0.0).guess(h, y)
+    off = torch.zeros_like(h)
+    off[2, 3] = 0.5
+    value = predictor.loss(h, y, guess + off)
+    torch.testing.assert_close(value, torch.tensor(2.0 * 6 * 0.25))  # matching · N · Σ
+    assert build(Settings(name="vfbn", matching=0.0), SAMPLES, loss).loss(h, y, guess) is None
 
 
 def frozen(settings: Settings) -> float:
     """Cosine between guess and truth on fresh batches, after learning from a frozen network's true gradients."""
     torch.manual_seed(0)
     below = nn.Linear(8, 3)
-    rule = Synthetic(build(settings, Edge((32, 8), (32,), (32, 3), 3), loss), lr=1e-2)
+    learner = Learner(build(settings, Edge((32, 8), (32,), (32, 3), 3), loss), 1e-2)
     cosines = []
     for step, (x, y) in enumerate(blobs(600, 32)):
         y = y[torch.randperm(len(y))]  # so that a label cannot be told from h
         h = x.requires_grad_()
         (g,) = torch.autograd.grad(loss(below(h), y), h)
         if step >= 580:
-            cosines.append(F.cosine_similarity(rule.guess.predict(h, y).flatten(), g.flatten(), dim=0).item())
+            cosines.append(F.cosine_similarity(learner.guess(h, y).flatten(), g.flatten(), dim=0).item())
         else:
-            rule.learn(h.detach(), y, g)
+            learner.learn(h.detach(), y, g)
     return sum(cosines) / len(cosines)
 
 
@@ -135,6 +158,11 @@ def test_without_labels_it_cannot_be_found() -> None:
         (Settings(name="linear"), IMAGES, r"shape \(6, 4, 7, 7\): use predictor.name = conv"),
         (Settings(name="conv"), SAMPLES, r"needs an activation \(B, C, H, W\)"),
         (Settings(name="linear"), VALUES, "are no classes.*condition = false"),
+        (Settings(name="vfbn", attention=3), TOKENS, r"attention = 3 needs .* D a multiple of it, .*\(2, 5, 8\)"),
+        (Settings(name="vfbn", attention=2), SAMPLES, r"needs an activation \(B, T, D\)"),
+        (Settings(name="vfbn", sampled=1), VALUES, "labels are no classes: leave predictor.sampled at 0"),
+        (Settings(name="vfbn", similarity=0.5), IMAGES, "needs rows with a class each"),
+        (Settings(name="vfbn", similarity=0.5), VALUES, "are no classes: set predictor.similarity = 0"),
         (Settings(name="vfbn"), Edge((6, 8), (6, 4, 4), (6, 3, 4, 4), 3), "vfbn cannot guess"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Saved
 from dnipipe.predictors import VFBN, Predictor
 from dnipipe.randomness import reseed
@@ -37,6 +38,10 @@ class Fixed(Predictor):
     def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
         self.taught.append(g)
         return None
+
+
+def fixed(value: float = 0.0) -> Learner:
+    return Learner(Fixed(value), 1e-3)
 
 
 class Oracle(Predictor):
@@ -93,7 +98,7 @@ def one_at_a_time(line: Line, batches: int) -> None:
 
 
 def test_a_stage_sends_its_activation_before_it_learns_and_its_gradient_before_it_steps() -> None:
-    stages = make_stages(layers(), lambda k: Synthetic(Fixed(0.01), 1e-3), SGD)
+    stages = make_stages(layers(), lambda k: Synthetic(fixed(0.01)), SGD)
     stage, (x, y) = stages[1], next(blobs(1, features=12))
     before = copy.deepcopy(stage.module.state_dict())
     journey = stage.handle(Activation(1, x, y))
@@ -111,11 +116,17 @@ def test_a_stage_sends_its_activation_before_it_learns_and_its_gradient_before_i
     ("rule", "expected"),
     [
         # λ = 0: the middle stage answers at once, from its own guess
-        (lambda k: Synthetic(Fixed(), 1e-3), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
-        (lambda k: Blend(Fixed(), 1e-3, 1.0), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
+        (lambda k: Synthetic(fixed()), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
+        (lambda k: Blend(fixed(), 1.0), "0 Activation | 1 Activation | 1 Gradient | 2 Gradient"),
         # λ > 0, warm-up and Wait: it answers when it has been answered
-        (lambda k: Synthetic(Fixed(), 1e-3, bp_lambda=0.5), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
-        (lambda k: Synthetic(Fixed(), 1e-3, warmup=9), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
+        (
+            lambda k: Synthetic(fixed(), bp_lambda=0.5),
+            "0 Activation | 1 Activation | 2 Gradient | 1 Gradient",
+        ),
+        (
+            lambda k: Synthetic(fixed(), warmup=9),
+            "0 Activation | 1 Activation | 2 Gradient | 1 Gradient",
+        ),
         (lambda k: Wait(), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
         (lambda k: Delayed(), "0 Activation | 1 Activation | 2 Gradient | 1 Gradient"),
     ],
@@ -145,7 +156,7 @@ def test_with_one_batch_in_flight_wait_and_delayed_equal_plain_autograd_bitwise(
 
 @pytest.mark.parametrize(
     "rule",
-    [lambda oracle: Synthetic(oracle, 1e-3), lambda oracle: Blend(oracle, 1e-3, 1.0)],
+    [lambda oracle: Synthetic(Learner(oracle, 1e-3)), lambda oracle: Blend(Learner(oracle, 1e-3), 1.0)],
     ids=["synthetic", "blend"],
 )
 def test_with_an_oracle_synthetic_and_blend_equal_plain_autograd(rule: Callable[[Oracle], GradientRule]) -> None:
@@ -172,7 +183,7 @@ def test_bp_lambda_mixes_what_arrived_with_what_was_guessed() -> None:
     predictor = Fixed(0.25)
     modules: list[nn.Module] = [nn.Linear(8, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)]
     stages = make_stages(
-        modules, lambda k: Synthetic(predictor, 1e-3, bp_lambda=0.75), partial(torch.optim.SGD, lr=0.0)
+        modules, lambda k: Synthetic(Learner(predictor, 1e-3), bp_lambda=0.75), partial(torch.optim.SGD, lr=0.0)
     )
     x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     list(stages[1].handle(Activation(1, x, y)))
@@ -191,7 +202,7 @@ def test_bp_one_teaches_the_true_gradient_and_zero_the_guessed_one() -> None:
         h = modules[0](x).detach().requires_grad_()
         (truth,) = torch.autograd.grad(F.cross_entropy(modules[2](modules[1](h)), y), h)
         stages = make_stages(
-            modules, lambda k: Synthetic(taught[k], 1e-3, bp_lambda=lam), partial(torch.optim.SGD, lr=0.0)
+            modules, lambda k: Synthetic(Learner(taught[k], 1e-3), bp_lambda=lam), partial(torch.optim.SGD, lr=0.0)
         )
         one = Line(stages)
         one.feed(Activation(1, x, y))
@@ -224,7 +235,7 @@ def test_a_forward_that_is_run_again_counts_batch_norm_once_and_drops_the_same()
 
 
 def test_learning_rates_follow_the_batch_id_on_every_stage() -> None:
-    stages = make_stages(layers(), lambda k: Synthetic(Fixed(0.1), 1e-3), SGD, schedule=lambda batch: 1.0 / batch)
+    stages = make_stages(layers(), lambda k: Synthetic(fixed(0.1)), SGD, schedule=lambda batch: 1.0 / batch)
     one_at_a_time(Line(stages), 4)
     assert [stage.descent.optimizer.param_groups[0]["lr"] for stage in stages] == [0.1 / 4] * 3
 
@@ -242,10 +253,10 @@ def test_a_stage_clips_its_own_gradient() -> None:
 
 
 def test_in_a_warm_up_the_predictor_learns_and_is_not_applied() -> None:
-    for updates in (False, True):
+    for meanwhile, updates in (("zero", False), ("wait", True)):
         predictor = Fixed(100.0)
         stages = make_stages(
-            [nn.Linear(8, 6), nn.Linear(6, 3)], lambda k: Synthetic(predictor, 1e-3, 0.0, 2, updates), SGD
+            [nn.Linear(8, 6), nn.Linear(6, 3)], lambda k: Synthetic(Learner(predictor, 1e-3), 0.0, 2, meanwhile), SGD
         )
         line, counts = Line(stages), []
         for batch, (x, y) in enumerate(blobs(3), start=1):
@@ -259,7 +270,7 @@ def test_in_a_warm_up_the_predictor_learns_and_is_not_applied() -> None:
 
 def test_local_sends_no_gradient_and_still_answers() -> None:
     def rule(k: int) -> Local:
-        return Local(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2)
+        return Local(Learner(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.0), 1e-2))
 
     stages = make_stages(layers(), rule, SGD)
     answers: list[Tensor | None] = []
@@ -288,7 +299,9 @@ def test_synthetic_gradients_train_where_frozen_stages_do_not(delay: int) -> Non
         torch.manual_seed(1)
         heads = [VFBN(nn.Linear(2, 3), F.cross_entropy, 0.1), VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1)]
         stages = make_stages(
-            modules, lambda k: Synthetic(heads[k], 3e-3, 0.0, warmup, False), partial(torch.optim.Adam, lr=5e-3)
+            modules,
+            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, "zero"),
+            partial(torch.optim.Adam, lr=5e-3),
         )
         line = Line(stages, delay)
         line.feed(*(Activation(batch, x, y) for batch, (x, y) in enumerate(blobs(300, seed=5), start=1)))
@@ -326,8 +339,8 @@ def test_a_checkpoint_stands_right_behind_the_update_on_its_batch() -> None:
     for rule in (
         lambda k: Wait(),
         lambda k: Delayed(),
-        lambda k: Synthetic(Fixed(0.1), 1e-3),
-        lambda k: Blend(Fixed(0.1), 1e-3, 1.0),  # what was still on its way, to learn and to mend, is not part of it
+        lambda k: Synthetic(fixed(0.1)),
+        lambda k: Blend(fixed(0.1), 1.0),  # what was still on its way, to learn and to mend, is not part of it
     ):
         stages = make_stages(layers(), rule, SGD)  # type: ignore[arg-type]
         line = Line(stages, delay=2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dnipipe import cli
-from dnipipe.predictors import VFBN
+from dnipipe.learner import Learner
 from dnipipe.trust import MARGIN, MEMORY, READ, Trust
 
 
@@ -77,11 +77,11 @@ class Poison:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked = 0
-        self.predict = VFBN.predict
-        monkeypatch.setattr(VFBN, "predict", lambda *given: self.negated(*given))
+        self.guess = Learner.guess
+        monkeypatch.setattr(Learner, "guess", lambda *given: self.negated(*given))
 
-    def negated(self, predictor: VFBN, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        predicted = self.predict(predictor, h, y)
+    def negated(self, learner: Learner, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        predicted = self.guess(learner, h, y)
         if threading.current_thread().name != "stage 1":
             return predicted
         self.asked += 1

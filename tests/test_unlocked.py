@@ -23,6 +23,7 @@ from dnipipe import checkpoint
 from dnipipe.errors import MessageError
 from dnipipe.gradient_rules import GradientRule, Local, Synthetic
 from dnipipe.inputs import Inputs
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Input, Message, Saved
 from dnipipe.predictors import VFBN
 from dnipipe.randomness import chance
@@ -54,7 +55,7 @@ def unlocked(
 
 
 def fixed(k: int) -> GradientRule:
-    return Synthetic(Fixed(0.01), 1e-3)
+    return Synthetic(Learner(Fixed(0.01), 1e-3))
 
 
 def copied(module: nn.Module) -> list[Tensor]:
@@ -117,7 +118,7 @@ def test_with_exact_guesses_it_is_the_locked_pipeline_bitwise() -> None:
 
     def rule(k: int) -> Synthetic:
         torch.manual_seed(k)
-        return Synthetic(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.1), 1e-2)
+        return Synthetic(Learner(VFBN(nn.Linear((12, 10)[k], 3), F.cross_entropy, 0.1), 1e-2))
 
     still = partial(torch.optim.SGD, lr=0.0)
     modules: list[nn.Module] = [nn.Sequential(nn.Linear(8, 12), nn.Tanh()), nn.Linear(12, 10), nn.Linear(10, 3)]
@@ -192,7 +193,8 @@ def test_it_learns_where_frozen_stages_do_not(rule: str) -> None:
         models = [None, *(Inputs(net, (16, 8), "float32", 0, 1e-2) for net in nets)]
 
         def of(k: int) -> GradientRule:
-            return Synthetic(heads[k], 3e-3, 0, warmup, False) if rule == "synthetic" else Local(heads[k], 3e-3, warmup)
+            learner = Learner(heads[k], 3e-3)
+            return Synthetic(learner, 0, warmup, "zero") if rule == "synthetic" else Local(learner, warmup)
 
         adam = partial(torch.optim.Adam, lr=5e-3)
         line = Line(make_stages(modules, of, adam, kind=lambda k: partial(UnlockedStage, models[k])), delay=3)
@@ -236,7 +238,7 @@ def test_a_busy_stage_passes_the_input_on_and_does_nothing_else() -> None:
     stage 0      u   .   u         the next stage gets no lesson, nor does the predictor of stage k-1 if k made none"""
     batches, rows = 40, [[chance(0.5, 0, k, "update", batch) for batch in range(1, 41)] for k in range(3)]
     predictors = [Fixed(0.01), Fixed(0.01)]
-    stages = unlocked(lambda k: Synthetic(predictors[k], 1e-3))
+    stages = unlocked(lambda k: Synthetic(Learner(predictors[k], 1e-3)))
     for k, stage in enumerate(stages):
         stage.rule = Sometimes(stage.rule, 0.5, 0, k)
     line = Line(stages)

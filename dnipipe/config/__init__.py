@@ -6,7 +6,7 @@ One path checks both sources: `build` takes nested plain values and returns a `C
 names the setting, its value and the way out. Nothing here touches torch or a socket, or a file but the TOML.
 """
 
-from dnipipe.config.settings import Config, Output, Predictor, describe, flat, replace, shared_settings
+from dnipipe.config.settings import Config, Output, Predictor, describe, flat, phases, replace, shared_settings
 from dnipipe.config.sources import build, default, load
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "flat",
     "load",
+    "phases",
     "replace",
     "shared_settings",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, get_args, get_type_hints
 
 from dnipipe.config.values import check, hints, name_of
 from dnipipe.errors import ConfigError
@@ -58,11 +58,16 @@ class Rule:
     name: Literal["synthetic", "blend", "local", "delayed", "wait"] = setting(
         "synthetic", "where a stage's gradient comes from"
     )
+    then: str = setting("", "rules that follow and the batch that each begins with, e.g. 501:synthetic,1501:blend")
     bp_lambda: float = setting(
         0.0, "BP(λ): 0 bootstrapped targets, 1 the true gradient travelling from the loss", low=0.0, high=1.0
     )
     warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
-    warmup_rule: Literal["wait", "zero"] = setting("wait", "meanwhile: apply the true gradient late, or none at all")
+    warmup_rule: Literal["wait", "zero", "local", "scale"] = setting(
+        "wait",
+        "meanwhile: apply the true gradient, late; or none; or the prediction, taught by its own loss alone (vfbn); or "
+        "the prediction times its cosine with what arrives",
+    )
     trust: float = setting(
         -1.0,
         "cosine with what arrives below which a prediction is not used, until it is above again (-1: used always); "
@@ -76,7 +81,7 @@ class Rule:
     forward_unlock: bool = setting(
         False, "synthetic, local: train on a guess of the stage's input, made from x, so that no forward waits either"
     )
-    correction: float = setting(0.1, "blend: weight of the late update with g - ĝ", low=1e-3)
+    correction: float = setting(1.0, "blend: weight w of g - ĝ, which joins the next update", low=1e-3)
     accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
     reschedule: int = setting(
         0, "batches over which an update that is late by n updates goes from lr/n to lr (0: at lr always)", low=0
@@ -90,6 +95,13 @@ class Predictor:
     hidden: int = setting(-1, "hidden layers (-1: the kind's own: vfbn and linear 0, mlp 1, conv 2)", low=-1, high=8)
     width: int = setting(0, "features of a hidden layer (0: the kind's own)", low=0)
     lr: float = setting(3e-3, "learning rate of the predictor's Adam", low=0.0)
+    attention: int = setting(0, "vfbn: heads of a causal attention at the head's entrance, for tokens (0: none)", low=0)
+    sampled: int = setting(
+        0, "vfbn: classes that its head scores besides those of the batch, for a large vocabulary (0: all)", low=0
+    )
+    similarity: float = setting(
+        0.0, "vfbn: share of the similarity loss in its own loss (predsim, with rule.name = local)", low=0.0, high=1.0
+    )
     matching: float = setting(0.1, "vfbn: weight of the squared distance to the arriving gradient", low=0.0)
 
 
@@ -178,12 +190,14 @@ class Config:
                 f"pipeline.boundaries = {list(boundaries)} cuts {len(boundaries) + 1} stages, but pipeline.stages = "
                 f"{pipeline.stages}: give one boundary fewer than stages"
             )
-        if self.rule.name == "wait" and pipeline.window not in ("auto", 1):
+        rules = {name for _, name in phases(self.rule)}
+        if rules == {"wait"} and pipeline.window not in ("auto", 1):
             raise ConfigError(
                 f"pipeline.window = {pipeline.window} with rule.name = wait: waiting is exact with one batch in "
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
             )
         self._check_rule()
+        self._check_meanwhile()
         self._check_schedule()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
@@ -202,13 +216,13 @@ class Config:
             raise ConfigError(f"optimizer.drops = {list(drops)} with optimizer.schedule = {schedule}: {way}")
 
     def _check_rule(self) -> None:
-        rule = self.rule
-        if rule.name == "delayed" and rule.warmup:
+        rule, names = self.rule, {name for _, name in phases(self.rule)}
+        if names == {"delayed"} and rule.warmup:
             raise ConfigError(
                 f"rule.warmup = {rule.warmup} with rule.name = delayed: it predicts nothing that must warm up; "
                 "leave rule.warmup at 0, or use rule.name = blend"
             )
-        if rule.trust > -1 and rule.name not in ("synthetic", "blend"):
+        if rule.trust > -1 and not names & {"synthetic", "blend"}:
             raise ConfigError(
                 f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
                 "rule.trust at -1, or use rule.name = synthetic"
@@ -220,11 +234,18 @@ class Config:
                 f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
                 "make an update of fewer than it is averaged over; set one of the two to 1"
             )
-        if rule.name in ("delayed", "blend") and rule.bp_lambda:
+        if rule.bp_lambda and names <= {"delayed", "blend"}:
             why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"
             raise ConfigError(
                 f"rule.bp_lambda = {rule.bp_lambda} with rule.name = {rule.name}: {why}; leave rule.bp_lambda at 0, or "
                 "use rule.name = synthetic"
+            )
+
+    def _check_meanwhile(self) -> None:
+        if self.rule.warmup_rule == "local" and self.predictor.name != "vfbn":
+            raise ConfigError(
+                f"rule.warmup_rule = local with predictor.name = {self.predictor.name}: it has no loss of its own; use "
+                "predictor.name = vfbn, or rule.warmup_rule = wait, zero or scale"
             )
 
     def _check_unlocked(self) -> None:
@@ -233,10 +254,27 @@ class Config:
         if self.pipeline.stages == 1:
             raise ConfigError(f"pipeline.stages = 1 {unlocked}there is no input to guess; use more stages, or false")
         applied = "the gradient that arrives is of a guessed input, and would be applied; "
-        if rule.name not in ("synthetic", "local"):
-            raise ConfigError(f"rule.name = {rule.name} {unlocked}{applied}use rule.name = synthetic or local")
-        if rule.name == "synthetic" and rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
-            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}use rule.warmup_rule = zero")
+        names = {name for _, name in phases(rule)}
+        if other := sorted(names - {"synthetic", "local"}):
+            raise ConfigError(f"rule.name = {other[0]} {unlocked}{applied}use rule.name = synthetic or local")
+        if "synthetic" in names and rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+            way = "use rule.warmup_rule = zero, local or scale"
+            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}{way}")
+
+
+def phases(rule: Rule) -> list[tuple[int, str]]:
+    """(first batch id, rule) of each part of a run, in order; the first from 1 on. Raises ConfigError."""
+    known = get_args(get_type_hints(Rule)["name"])
+    found: list[tuple[int, str]] = [(1, rule.name)]
+    for part in filter(None, (word.strip() for word in rule.then.split(","))):
+        start, _, name = part.partition(":")
+        if not start.isdecimal() or int(start) <= found[-1][0] or name not in known:
+            raise ConfigError(
+                f"rule.then = {rule.then!r}: {part!r} should be BATCH:RULE, a batch id above {found[-1][0]} and one of "
+                f"{', '.join(known)}"
+            )
+        found.append((int(start), name))
+    return found
 
 
 def flat(config: Config) -> Iterator[tuple[str, Any]]:

@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe import checkpoint
-from dnipipe.building import first_of, inputs_of, load_state, state_of
+from dnipipe.building import inputs_of
 from dnipipe.config import build
 from dnipipe.errors import CheckpointError
 from dnipipe.gradient_rules import Synthetic
 from dnipipe.inputs import Inputs
+from dnipipe.learner import Learner
 from dnipipe.predictors import VFBN
 from dnipipe.split import Plan, plan
+from dnipipe.state import first_of, load_state, state_of
 from dnipipe.unlocked import UnlockedStage
 from tests.conftest import Line, blobs, make_stages
 from tests.test_stage import SGD, one_at_a_time
@@ -49,7 +51,8 @@ def of_plan(planned: Plan, seed: int) -> list[UnlockedStage]:
         for name, child in children.items():
             modules[-1].add_module(name, child)
     kind: Any = lambda k: partial(UnlockedStage, models[k])  # noqa: E731
-    made = make_stages(modules, lambda k: Synthetic(VFBN(nn.Linear(12, 3), F.cross_entropy, 0.1), 1e-3), SGD, kind=kind)
+    heads = [VFBN(nn.Linear(12, 3), F.cross_entropy, 0.1) for _ in modules]
+    made = make_stages(modules, lambda k: Synthetic(Learner(heads[k], 1e-3)), SGD, kind=kind)
     return [stage for stage in made if isinstance(stage, UnlockedStage)]
 
 

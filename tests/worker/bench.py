@@ -19,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dnipipe.gradient_rules import GradientRule, Synthetic, Wait
+from dnipipe.gradient_rules import Delayed, GradientRule, Synthetic
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved, Stop
 from dnipipe.metrics import JsonLines
 from dnipipe.predictors import VFBN
@@ -129,12 +130,12 @@ def batches(first: int, last: int) -> list[Activation]:
 
 
 def wait(k: int = 0) -> GradientRule:
-    return Wait()
+    return Delayed()
 
 
 def synthetic(k: int = 0) -> GradientRule:
     """Updates at once, so that several batches are in flight."""
-    return Synthetic(VFBN(nn.Linear(8, 3), F.cross_entropy, 0.0), 1e-3)
+    return Synthetic(Learner(VFBN(nn.Linear(8, 3), F.cross_entropy, 0.0), 1e-3))
 
 
 def answer(message: Message) -> Message | None:

@@ -1,0 +1,46 @@
+"""A predictor with the optimizer that teaches it: what rules that predict have in common, and what they share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dnipipe.predictors import Predictor
+
+
+class Learner:
+    """A predictor and its own Adam.
+
+    Args:
+        lr: of the Adam.
+    """
+
+    def __init__(self, predictor: Predictor, lr: float) -> None:
+        self.predictor = predictor
+        self.adam = torch.optim.Adam(predictor.parameters(), lr)
+        self.parameters: list[Tensor] = list(predictor.parameters())
+
+    def guess(self, h: Tensor, y: Tensor) -> Tensor:
+        """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
+        h = h.detach().requires_grad_()
+        loss = self.predictor.own_loss(h, y)
+        if loss is None:
+            return self.predictor.predict(h, y)
+        self.descend(loss, [*self.parameters, h])
+        assert h.grad is not None
+        return h.grad
+
+    def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
+        """What the gradient g that arrived for h (both (B, D...)) teaches."""
+        loss = self.predictor.loss(h, y, g)
+        if loss is not None:
+            self.descend(loss, self.parameters)
+
+    def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
+        """One step on this loss (0-dim), which is backpropagated to `inputs` and no further."""
+        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+__all__ = ["Learner"]

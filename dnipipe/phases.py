@@ -1,0 +1,40 @@
+"""A run that changes its rule: one rule after another, by batch id, so that every stage changes at the same batch.
+
+batch      1 ──── local ──── 500 │ 501 ──── synthetic ──── …        rule.name = "local", rule.then = "501:synthetic"
+predictor  ─────────────────────────────────────────────►           one, with one optimizer, for all of them
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dnipipe.gradient_rules import GradientRule, Skip, Use
+
+
+class Phases(GradientRule):
+    """Each batch belongs to the rule of its id, for good: a gradient that comes after the change finds its own rule.
+
+    Args:
+        rules: (first batch id, rule), ascending, the first from 1 on; those with a predictor share one Learner.
+    """
+
+    def __init__(self, rules: Sequence[tuple[int, GradientRule]]) -> None:
+        self.starts = [start for start, _ in rules]
+        self.rules = [rule for _, rule in rules]
+        self.teaches = any(rule.teaches for rule in self.rules)
+        self.learner = next((rule.learner for rule in self.rules if rule.learner), None)
+
+    def at(self, batch: int) -> GradientRule:
+        return self.rules[bisect_right(self.starts, batch) - 1]
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
+        return self.at(batch).now(batch, h, y)
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        return self.at(batch).arrived(batch, h, y, g, predicted)
+
+
+__all__ = ["Phases"]
