@@ -144,11 +144,13 @@ class Synthetic(GradientRule):
 
 
 class Blend(Synthetic):
-    """Synthetic with λ = 0, and its error mended when it is known: w (g - ĝ) is backpropagated, and what that gives
-    joins the next update. Summed over a run at w = 1 a stage has then followed g, a part of it late.
+    """Synthetic with λ = 0, and its error mended when it is known: v (g - ĝ) is backpropagated, and what that gives
+    joins the next update; v = w / √(1 + age), age the batches that the stage has predicted for since.
 
-    It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
-    Nothing is sent for it: the stage before had its answer at once. A warm-up is Synthetic's, without any blending.
+    At v = 1 a stage has, summed over a run, followed g, a part of it late. It joins, for a step of its own would be as
+    long as any: Adam steps as far for a small gradient as for a large one. The older, the less of it: what is mended
+    late is mended while the stage has moved (docs/learning.md). Nothing is sent for it: the stage before had its answer
+    at once. A warm-up is Synthetic's.
 
     Args: correction, w; the others are Synthetic's.
     """
@@ -165,17 +167,26 @@ class Blend(Synthetic):
     ) -> None:
         super().__init__(learner, 0.0, warmup, meanwhile, trust)
         self.correction = correction
+        self._asked = 0  # batches so far
+        self._order: dict[int, int] = {}  # batch -> how many that were when it came
 
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
         rule = config.rule
         return cls(learner(), rule.correction, rule.warmup, rule.warmup_rule, rule.trust)
 
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
+        self._asked += 1
+        self._order[batch] = self._asked
+        return super().now(batch, h, y)
+
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        age = self._asked - self._order.pop(batch, self._asked)
         use = super().arrived(batch, h, y, g, predicted)
         if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        return Use(self.correction * (g - predicted), update=True, send=False, step=False)
+        weight = self.correction * (1 + age) ** -0.5
+        return Use(weight * (g - predicted), update=True, send=False, step=False)
 
 
 class Local(GradientRule):

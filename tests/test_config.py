@@ -71,7 +71,7 @@ def test_the_embedded_default_is_valid() -> None:
         (["--rule.forward_unlock", "--rule.warmup", "9"], "rule.warmup_rule = wait with rule.forward_unlock = true"),
         (
             ["--rule.warmup_rule", "local", "--predictor.name", "linear"],
-            "rule.warmup_rule = local with predictor.name = linear: it has no loss of its own; use predictor.name = vfbn",
+            "rule.warmup_rule = local with predictor.name = linear: it has no loss of its own; use predictor.name = ",
         ),
         (["--rule.forward_unlock", "--rule.trust", "0"], "would be applied; use rule.warmup_rule = zero"),
         (

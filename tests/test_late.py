@@ -41,11 +41,12 @@ def fed(stages: list[Stage], batches: int, delay: int) -> list[Stage]:
 def by_hand(delay: int, batches: int, joins: bool = False) -> nn.Module:
     """Two stages: the lower's forward runs at once for the upper, and again when the gradient is to be applied.
 
-    joins: the gradient is applied in the step behind the next forward.
+    joins: the gradient is applied in the step behind the next forward; the older, the less of it.
     """
     lower, upper = two()
     optimizers = [SGD(lower.parameters()), SGD(upper.parameters())]
-    late: list[tuple[Tensor, Tensor]] = []
+    late: list[tuple[int, Tensor, Tensor]] = []
+    asked = 0
     for x, y in [*blobs(batches), *[(None, None)] * delay]:
         if x is not None:
             h = lower(x).detach().requires_grad_()
@@ -55,11 +56,12 @@ def by_hand(delay: int, batches: int, joins: bool = False) -> nn.Module:
             F.cross_entropy(upper(h), y).backward()
             optimizers[1].step()
             optimizers[1].zero_grad()
-            late.append((x, h.grad))
+            asked += 1
+            late.append((asked, x, h.grad))
         if x is None or len(late) > delay:
-            x, g = late.pop(0)
+            number, x, g = late.pop(0)
             statistics = [buffer.clone() for buffer in lower.buffers()]
-            lower(x).backward(g)
+            lower(x).backward(g * (1 + asked - number) ** -0.5 if joins else g)
             for buffer, before in zip(lower.buffers(), statistics, strict=True):
                 buffer.copy_(before)
             if not joins:
