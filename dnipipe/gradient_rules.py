@@ -61,6 +61,7 @@ class GradientRule(ABC):
     teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
     again = False  # whether a batch that was applied and answered at once is applied again when its gradient is here
     in_flight: int | None = None  # batches that may lack their gradient; None: as many as the window holds
+    stash: float | None = None  # λ of Stash.hand_over: differentiate at the weights a batch came through with; None: no
     learner: Learner | None = None
     shelf: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # a predictor's saved state, for a rule that has one again
 
@@ -218,14 +219,18 @@ class Local(GradientRule):
 class Delayed(GradientRule):
     """No prediction: update when the gradient is here, though other batches' updates lie between (arXiv:1804.10574).
 
-    The forward is run again at the weights of that moment (as in arXiv:1807.04511), so what is stale is g alone.
+    The forward is run again at the weights of that moment (as in arXiv:1807.04511), so what is stale is g alone; or,
+    with a stash, at those that the batch went through with, so that the gradient is one of a single point, long past.
     """
 
     teaches = True
 
+    def __init__(self, stash: float | None = None) -> None:
+        self.stash = stash
+
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Delayed:
-        return cls()
+        return cls(config.rule.compensate if config.rule.stash else None)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         return None
@@ -238,6 +243,10 @@ class Wait(Delayed):
     """Delayed with one batch in flight: nothing lies between, so it is exact."""
 
     in_flight = 1
+
+    @classmethod
+    def build(cls, config: Config, learner: Callable[[], Learner]) -> Wait:
+        return cls()
 
 
 class LossGradient(GradientRule):

@@ -39,6 +39,7 @@ from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
 from dnipipe.predictors import Loss, loss_terms
 from dnipipe.randomness import reseed
+from dnipipe.stash import Stash
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class Pending:
     skipped: bool  # and this one never will
     answered: bool  # the stage before already has its Gradient
     updates: int  # how many updates the stage had made when it sent h
+    stash: Stash | None  # the weights with which it went through, if the rule wants its gradient there
 
 
 class Stage:
@@ -148,6 +150,7 @@ class Stage:
             skipped=skip is not None,
             answered=use is not None and use.send,
             updates=self.updates,
+            stash=None if rule.stash is None or done or self.last else Stash(self.module),
         )
         if skip:
             yield from self._skip(batch, skip.why)
@@ -171,8 +174,8 @@ class Stage:
             assert pending.x is not None
             x = pending.x.requires_grad_(self.index > 0 and use.send)
             with self.metrics.clock.span("forward"):
-                h = self._forward_again(batch, x)
-            yield from self._apply(batch, x, h, use, late)
+                h = self._forward_again(batch, x, pending.stash)
+            yield from self._apply(batch, x, h, use, late, pending.stash)
         elif g is None and rule.teaches and not pending.skipped:
             yield from self._skip(batch, "no gradient came", answered=pending.answered)
         if batch in self.save_after:
@@ -183,11 +186,15 @@ class Stage:
         if batch <= self.last_batch:
             raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
 
-    def _apply(self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0) -> Iterator[Message]:
+    def _apply(
+        self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0, stash: Stash | None = None
+    ) -> Iterator[Message]:
         """Step 4: backpropagate a known gradient; the stage before has its answer before the optimizer steps."""
         with self.metrics.clock.span("backward"):
             if use.update:
                 h.backward(use.g)  # type: ignore[no-untyped-call]
+                if stash:
+                    stash.hand_over(self.module, self.rule.at(batch).stash or 0.0)
             elif use.send and x.requires_grad:
                 (x.grad,) = torch.autograd.grad(h, x, use.g)
         if use.send and self.index > 0:
@@ -202,12 +209,15 @@ class Stage:
         if self.index > 0 and not answered:
             yield Gradient(batch, None)
 
-    def _forward_again(self, batch: int, x: Tensor) -> Tensor:
-        """The forward of a batch that waited: same random numbers, and buffers (BatchNorm) as they are, kept so."""
+    def _forward_again(self, batch: int, x: Tensor, stash: Stash | None = None) -> Tensor:
+        """The forward of a batch that waited: same random numbers, and buffers (BatchNorm) as they are, kept so.
+
+        At the weights as they are, or as they were.
+        """
         self._mode(training=True)
         reseed(self.seed, self.first_layer, batch)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        h: Tensor = functional_call(self.module, buffers, (x,))
+        h: Tensor = functional_call(self.module, {**buffers, **(stash.weights if stash else {})}, (x,))
         return h
 
     def _mode(self, training: bool) -> None:

@@ -69,6 +69,11 @@ def test_the_embedded_default_is_valid() -> None:
         (["--rule.forward_unlock", "--rule.name", "wait"], "use rule.name = synthetic or local"),
         (["--rule.forward_unlock", "--rule.name", "delayed"], "use rule.name = synthetic or local"),
         (["--rule.forward_unlock", "--rule.warmup", "9"], "rule.warmup_rule = wait with rule.forward_unlock = true"),
+        (["--rule.stash"], "rule.stash = true with rule.name = synthetic: only rule.name = delayed has a use"),
+        (
+            ["--rule.name", "delayed", "--rule.compensate", "0.1"],
+            "rule.compensate = 0.1 without the weights it is computed from: set rule.stash = true",
+        ),
         (
             ["--rule.warmup_rule", "local", "--predictor.name", "linear"],
             "rule.warmup_rule = local with predictor.name = linear: it has no loss of its own; use predictor.name = ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -87,6 +88,57 @@ def test_blend_with_a_guess_of_nothing_takes_the_gradient_into_the_next_update(d
     assert equal(stages, by_hand(delay, 10, joins=True))
     assert not equal(stages, by_hand(delay, 10))
     assert [stage.updates for stage in stages] == [10, 10]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_with_a_stash_the_gradient_is_that_of_the_weights_it_went_through_with(delay: int, lam: float) -> None:
+    """Stage 0 is linear: its gradient at the old weights needs its old input only, and x.grad the old weights."""
+    modules = [nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 3)]
+    twin = copy.deepcopy(modules)
+    fed(make_stages(modules, lambda k: Delayed(stash=lam), SGD), 10, delay)
+
+    lower, middle, upper = twin
+    lr = SGD(lower.parameters()).param_groups[0]["lr"]
+
+    def apply(stage: nn.Module, x: Tensor, weights: tuple[Tensor, ...], g: Tensor) -> Tensor:
+        old = [w.detach().clone().requires_grad_() for w in weights]
+        x = x.detach().requires_grad_()
+        *grads, back = torch.autograd.grad(F.linear(x, *old), [*old, x], g)
+        with torch.no_grad():
+            for p, w, d in zip(stage.parameters(), weights, grads, strict=True):
+                p -= lr * (d + lam * d * d * (p - w))
+        return back
+
+    line = Line(make_stages(copy.deepcopy(twin), lambda k: Delayed(stash=lam), SGD), delay)
+    order: list[tuple[int, str, int]] = []
+    for k, stage in enumerate(line.stages):
+        handle = stage.handle
+        stage.handle = lambda m, k=k, handle=handle: (order.append((k, type(m).__name__, m.batch)), handle(m))[1]  # type: ignore[method-assign,misc]
+    line.feed(*(Activation(batch, x, y) for batch, (x, y) in enumerate(blobs(10), start=1)))
+    line.run()
+    data = dict(enumerate(blobs(10), start=1))
+    h: dict[tuple[int, int], Tensor] = {}
+    kept: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
+    g: dict[tuple[int, int], Tensor] = {}
+    for k, what, batch in order:
+        x = data[batch][0] if k == 0 else h[k - 1, batch]
+        if what == "Gradient":
+            g[k - 1, batch] = apply(twin[k], *kept[k, batch], g[k, batch])
+        elif k < 2:
+            kept[k, batch] = x, tuple(p.detach().clone() for p in twin[k].parameters())
+            h[k, batch] = twin[k](x).detach()
+        else:
+            x = x.detach().requires_grad_()
+            *grads, g[1, batch] = torch.autograd.grad(
+                F.cross_entropy(upper(x), data[batch][1]), [*upper.parameters(), x]
+            )
+            with torch.no_grad():
+                for p, d in zip(upper.parameters(), grads, strict=True):
+                    p -= lr * d
+    for ours, theirs in zip(modules, (lower, middle, upper), strict=True):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
 
 
 def test_a_late_update_has_a_smaller_rate_until_the_delay_is_known_to_do_no_harm() -> None:

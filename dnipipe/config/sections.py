@@ -1,0 +1,162 @@
+"""Every setting, its default, its explanation and its limits: frozen dataclasses, a section each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union
+
+
+def setting(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, local: bool = False
+) -> Any:
+    """A dataclass field with its explanation and limits. `local`: stages may differ in it (paths, display)."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "local": local})
+
+
+@dataclass(frozen=True)
+class Model:
+    name: Literal["transformer", "mlp", "cnn"] = setting("transformer", "which of the built-in models")
+    layers: int = setting(4, "blocks of the transformer or cnn; layers of the mlp, the output one included", low=1)
+    width: int = setting(128, "features (mlp, transformer) or channels (cnn) between layers", low=1)
+    heads: int = setting(4, "attention heads of the transformer", low=1)
+    dropout: float = setting(0.0, "probability of dropping a feature", low=0.0, high=0.99)
+
+
+@dataclass(frozen=True)
+class Data:
+    name: Literal["stdlib", "text", "mnist", "cifar10"] = setting(
+        "stdlib", "Python's own source files, a text file, MNIST or CIFAR-10"
+    )
+    root: str = setting(
+        "", "text: the file; mnist: the folder with the four IDX files; cifar10: with the six binary ones", local=True
+    )
+    batch: int = setting(32, "samples a batch", low=1)
+    context: int = setting(64, "bytes a sample (text)", low=1)
+    limit: int = setting(0, "use only the first so many bytes or training samples (0: all)", low=0)
+    validation: float = setting(0.1, "share of the training data held out at its end", low=0.001, high=0.9)
+    evaluate: Literal["validation", "test"] = setting(
+        "validation", "evaluate on the held-out share, or train on everything and evaluate on the test set (images)"
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    stages: int = setting(4, "K, the number of processes", low=1)
+    boundaries: tuple[int, ...] = setting((), "first layer of each stage after the first, e.g. 2,4,6 (empty: balance)")
+    window: Union[int, Literal["auto"]] = setting("auto", "batches of a stage that may lack their gradient", low=1)
+    memory: int = setting(1024, "MiB of waiting batches up to which an automatic window may grow", low=1)
+    device: str = setting("auto", "auto (the GPU of LOCAL_RANK if there is one), cpu, cuda", local=True)
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: Literal["synthetic", "blend", "local", "delayed", "wait"] = setting(
+        "synthetic", "where a stage's gradient comes from"
+    )
+    then: str = setting("", "rules that follow and the batch that each begins with, e.g. 501:synthetic,1501:blend")
+    bp_lambda: float = setting(
+        0.0, "BP(λ): 0 bootstrapped targets, 1 the true gradient travelling from the loss", low=0.0, high=1.0
+    )
+    warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
+    warmup_rule: Literal["wait", "zero", "local", "scale"] = setting(
+        "wait",
+        "meanwhile: apply the true gradient, late; or none; or the prediction, taught by its own loss alone (vfbn); or "
+        "the prediction times its cosine with what arrives",
+    )
+    trust: float = setting(
+        -1.0,
+        "cosine with what arrives below which a prediction is not used, until it is above again (-1: used always); "
+        "rule.warmup_rule says what is done meanwhile",
+        low=-1.0,
+        high=1.0,
+    )
+    p_update: float = setting(
+        1.0, "probability with which a stage updates on a batch; each stage draws for itself", low=1e-3, high=1.0
+    )
+    forward_unlock: bool = setting(
+        False, "synthetic, local: train on a guess of the stage's input, made from x, so that no forward waits either"
+    )
+    correction: float = setting(1.0, "blend: weight w of g - ĝ, which joins the next update", low=1e-3)
+    stash: bool = setting(
+        False, "delayed: take the gradient at the weights that the batch went through with, a copy for each under way"
+    )
+    compensate: float = setting(
+        0.0, "delayed, with rule.stash: λ of the delay compensation g + λ g² (weights now - then) (0: none)", low=0.0
+    )
+    accumulate: int = setting(1, "batches whose gradients, averaged, make one update of a stage", low=1)
+    reschedule: int = setting(
+        0, "batches over which an update that is late by n updates goes from lr/n to lr (0: at lr always)", low=0
+    )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    name: Literal["vfbn", "linear", "mlp", "conv"] = setting("vfbn", "which synthetic-gradient model")
+    condition: bool = setting(True, "let linear, mlp and conv see the labels (cDNI); vfbn always does")
+    hidden: int = setting(-1, "hidden layers (-1: the kind's own: vfbn and linear 0, mlp 1, conv 2)", low=-1, high=8)
+    width: int = setting(0, "features of a hidden layer (0: the kind's own)", low=0)
+    lr: float = setting(3e-3, "learning rate of the predictor's Adam", low=0.0)
+    attention: int = setting(0, "vfbn: heads of a causal attention at the head's entrance, for tokens (0: none)", low=0)
+    sampled: int = setting(
+        0, "vfbn: classes that its head scores besides those of the batch, for a large vocabulary (0: all)", low=0
+    )
+    similarity: float = setting(
+        0.0, "vfbn: share of the similarity loss in its own loss (predsim, with rule.name = local)", low=0.0, high=1.0
+    )
+    matching: float = setting(0.1, "vfbn: weight of the squared distance to the arriving gradient", low=0.0)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adam", "adamw", "nadam", "sgd"] = setting("adam", "of every stage")
+    lr: float = setting(1e-3, "learning rate", low=0.0)
+    weight_decay: float = setting(0.0, "weight decay", low=0.0)
+    momentum: float = setting(0.0, "of sgd", low=0.0, high=1.0)
+    beta1: float = setting(0.9, "momentum of adam, adamw and nadam", low=0.0, high=0.999)
+    clip: float = setting(0.0, "largest norm of a stage's gradient (0: no limit)", low=0.0)
+    schedule: Literal["constant", "linear", "cosine", "steps"] = setting(
+        "constant", "how lr falls over the run, by batch id"
+    )
+    drops: tuple[int, ...] = setting((), "steps: batches behind each of which lr is a tenth, e.g. 300000,400000")
+    warmup: int = setting(0, "batches over which lr rises from 0", low=0)
+
+
+@dataclass(frozen=True)
+class Train:
+    epochs: int = setting(1, "passes over the training data (if train.batches is 0)", low=1)
+    batches: int = setting(0, "batches to train, whatever the epochs (0: by epochs)", low=0)
+    seed: int = setting(0, "decides initial weights, data order and dropout", low=0)
+    on_nan: Literal["stop", "skip"] = setting("stop", "a NaN or infinite loss stops the run, or skips the batch")
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = setting(0, "batches between evaluations (0: only at the end)", low=0)
+    sample: int = setting(200, "bytes of text to generate at the end (language models)", low=0)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    every: int = setting(0, "batches between checkpoints (0: only at the end)", low=0)
+    keep: int = setting(3, "newest complete checkpoints to keep", low=1)
+
+
+@dataclass(frozen=True)
+class TransportSettings:
+    kind: Literal["zmq", "local"] = setting(
+        "zmq", "zmq: a process a stage; local: all stages in one process, taking turns, the same each time"
+    )
+    delay: int = setting(0, "local: batches that a message is under way on each hop", low=0)
+    scheme: Literal["auto", "ipc", "tcp"] = setting("auto", "auto: ipc on one machine, tcp between machines")
+    address: str = setting("", "this machine's address for tcp (empty: the one that reaches the master)", local=True)
+    timeout: float = setting(120.0, "longest wait for a neighbour, seconds", low=0.1)
+    max_message: int = setting(256, "largest tensor on the wire, MiB", low=1)
+
+
+@dataclass(frozen=True)
+class Output:
+    dir: str = setting("runs", "folder of all runs", local=True)
+    run: str = setting("", "folder of this run (empty: a new one under output.dir)", local=True)
+    quiet: bool = setting(False, "print only the result", local=True)
+    tensorboard: bool = setting(False, "also write TensorBoard files (extra: tensorboard)", local=True)
+    every: float = setting(1.0, "seconds between two lines of metrics", low=0.05, local=True)
