@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe.gradient_rules import GradientRule, LossGradient
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Checkpoint, Evaluation, Input, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
+from dnipipe.predictors import VFBN
 from dnipipe.stage import Stage
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -87,6 +89,18 @@ def make_stages(
         descent = Descent(optimizer(list(module.parameters())), **stepping)  # type: ignore[arg-type]
         made.append(kind(k)(k, count, module, own, descent, metrics, loss=loss, **ours))
     return made
+
+
+def narrow() -> tuple[list[nn.Module], list[Learner]]:
+    """Three stages, and what teaches the first two: a random first layer of 2 features cannot tell the blobs apart."""
+    torch.manual_seed(3)
+    modules: list[nn.Module] = [
+        nn.Sequential(nn.Linear(8, 2), nn.Tanh()),
+        nn.Sequential(nn.Linear(2, 8), nn.Tanh()),
+        nn.Linear(8, 3),
+    ]
+    torch.manual_seed(1)
+    return modules, [Learner(VFBN(nn.Linear(n, 3), F.cross_entropy, 0.1), 3e-3) for n in (2, 8)]
 
 
 def blobs(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from dnipipe.sometimes import Sometimes
 from dnipipe.split import plan
 from dnipipe.stage import Stage
 from dnipipe.state import state_of
-from tests.conftest import Line, blobs, make_stages
+from tests.conftest import Line, blobs, make_stages, narrow
 from tests.test_laboratory import train
 from tests.test_processes import same
 from tests.test_stage import SGD, Fixed, equal, layers, one_at_a_time
@@ -134,9 +135,9 @@ def test_blend_mends_only_what_it_applied() -> None:
     stages, mended = sometimes(lambda k: Blend(Learner(Fixed(0.01), 1e-3), 1.0)), [0, 0, 0]
     for k, stage in enumerate(stages):
 
-        def counted(batch: int, x: Tensor, k: int = k, again: Callable[..., Tensor] = stage._forward_again) -> Tensor:
+        def counted(*given: Any, k: int = k, again: Callable[..., Tensor] = stage._forward_again) -> Tensor:
             mended[k] += 1
-            return again(batch, x)
+            return again(*given)
 
         stage._forward_again = counted  # type: ignore[method-assign]
     one_at_a_time(Line(stages), BATCHES)
@@ -225,16 +226,10 @@ def test_it_learns_with_three_updates_in_ten() -> None:
     """Three stages on blobs, and where no stage but the last one updates for comparison."""
 
     def loss(p: float, warmup: int) -> float:
-        torch.manual_seed(3)
-        modules = [
-            nn.Sequential(nn.Linear(8, 2), nn.Tanh()),
-            nn.Sequential(nn.Linear(2, 8), nn.Tanh()),
-            nn.Linear(8, 3),
-        ]
-        heads = [VFBN(nn.Linear(2, 3), F.cross_entropy, 0.1), VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1)]
+        modules, learners = narrow()
         stages = make_stages(
             modules,
-            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, "zero"),
+            lambda k: Synthetic(learners[k], 0.0, warmup, "zero"),
             partial(torch.optim.Adam, lr=5e-3),
         )
         for k, stage in enumerate(stages):

@@ -19,7 +19,7 @@ from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradien
 from dnipipe.predictors import VFBN, Predictor
 from dnipipe.randomness import reseed
 from dnipipe.stage import Stage, score
-from tests.conftest import Line, blobs, make_stages
+from tests.conftest import Line, blobs, make_stages, narrow
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -290,17 +290,10 @@ def test_synthetic_gradients_train_where_frozen_stages_do_not(delay: int) -> Non
     """Three stages on blobs that a random first layer of 2 features cannot tell apart."""
 
     def losses(warmup: int) -> float:
-        torch.manual_seed(3)
-        modules: list[nn.Module] = [
-            nn.Sequential(nn.Linear(8, 2), nn.Tanh()),
-            nn.Sequential(nn.Linear(2, 8), nn.Tanh()),
-            nn.Linear(8, 3),
-        ]
-        torch.manual_seed(1)
-        heads = [VFBN(nn.Linear(2, 3), F.cross_entropy, 0.1), VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1)]
+        modules, learners = narrow()
         stages = make_stages(
             modules,
-            lambda k: Synthetic(Learner(heads[k], 3e-3), 0.0, warmup, "zero"),
+            lambda k: Synthetic(learners[k], 0.0, warmup, "zero"),
             partial(torch.optim.Adam, lr=5e-3),
         )
         line = Line(stages, delay)

@@ -31,7 +31,7 @@ from dnipipe.sometimes import Sometimes
 from dnipipe.stage import Stage, score
 from dnipipe.unlocked import UnlockedStage
 from tests import test_processes
-from tests.conftest import Line, blobs, make_stages
+from tests.conftest import Line, blobs, make_stages, narrow
 from tests.test_laboratory import train
 from tests.test_processes import same
 from tests.test_stage import SGD, Fixed, layers, one_at_a_time
@@ -181,20 +181,12 @@ def test_it_learns_where_frozen_stages_do_not(rule: str) -> None:
     """The blobs of test_stage, with gradients and activations that come three rounds late."""
 
     def loss(warmup: int) -> float:
-        torch.manual_seed(3)
-        modules: list[nn.Module] = [
-            nn.Sequential(nn.Linear(8, 2), nn.Tanh()),
-            nn.Sequential(nn.Linear(2, 8), nn.Tanh()),
-            nn.Linear(8, 3),
-        ]
-        torch.manual_seed(1)
-        heads = [VFBN(nn.Linear(features, 3), F.cross_entropy, 0.1) for features in (2, 8)]
+        modules, learners = narrow()
         nets = [nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, features)) for features in (2, 8)]
         models = [None, *(Inputs(net, (16, 8), "float32", 0, 1e-2) for net in nets)]
 
         def of(k: int) -> GradientRule:
-            learner = Learner(heads[k], 3e-3)
-            return Synthetic(learner, 0, warmup, "zero") if rule == "synthetic" else Local(learner, warmup)
+            return Synthetic(learners[k], 0, warmup, "zero") if rule == "synthetic" else Local(learners[k], warmup)
 
         adam = partial(torch.optim.Adam, lr=5e-3)
         line = Line(make_stages(modules, of, adam, kind=lambda k: partial(UnlockedStage, models[k])), delay=3)
