@@ -116,7 +116,7 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
 def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With trust it ends within 2 % of the untouched run, and the stage says how long it went without.
 
-    Without trust the poison costs a quarter: 3.58 nats instead of 2.87.
+    Without trust the poison costs more than a tenth.
     """
     untouched = run(tmp_path / "untouched", trust=0.0)
     with monkeypatch.context() as patch:
