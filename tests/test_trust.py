@@ -116,7 +116,8 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
 def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With trust it ends within 2 % of the untouched run, and the stage says how long it went without.
 
-    Without trust the poison costs more than a tenth.
+    Without trust the poison costs twice that at the least: 3.01 nats instead of 2.84. (It was a quarter as long as the
+    head learnt with g only, when it had used the poison; now it learns at once, and is itself again as soon as it can.)
     """
     untouched = run(tmp_path / "untouched", trust=0.0)
     with monkeypatch.context() as patch:
@@ -125,6 +126,6 @@ def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: p
     Poison(monkeypatch)
     credulous = run(tmp_path / "credulous", trust=-1.0)
     assert poisoned["eval"]["loss"] < 1.02 * untouched["eval"]["loss"]
-    assert credulous["eval"]["loss"] > 1.1 * untouched["eval"]["loss"]
+    assert credulous["eval"]["loss"] > 1.04 * untouched["eval"]["loss"]
     used = [stage["at_once"] for stage in poisoned["stage"]]
     assert 0.5 < used[1] < 0.85 and used[2] == 1
