@@ -22,10 +22,12 @@ class Learner:
 
     def guess(self, h: Tensor, y: Tensor) -> Tensor:
         """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
+        predicted = self.predictor.predict(h, y)
+        if predicted is not None:
+            return predicted
         h = h.detach().requires_grad_()
         loss = self.predictor.own_loss(h, y)
-        if loss is None:
-            return self.predictor.predict(h, y)
+        assert loss is not None, "a predictor does one of the two"
         self.descend(loss, [*self.parameters, h])
         assert h.grad is not None
         return h.grad

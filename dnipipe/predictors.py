@@ -37,9 +37,9 @@ def loss_terms(y: Tensor) -> int:
 class Predictor(nn.Module, ABC):
     """What a learner (learner.py) asks of a predictor. It either computes ĝ, or has a loss whose gradient ĝ is."""
 
-    def predict(self, h: Tensor, y: Tensor) -> Tensor:
-        """ĝ for h (B, D...), of h's shape and the wire's unit, detached: of a predictor without a loss of its own."""
-        raise NotImplementedError
+    def predict(self, h: Tensor, y: Tensor) -> Tensor | None:
+        """ĝ for h (B, D...), of h's shape and the wire's unit, detached; None: ĝ is the gradient of its own loss."""
+        return None
 
     def own_loss(self, h: Tensor, y: Tensor) -> Tensor | None:
         """What to minimise at once, 0-dim, and what ĝ is the gradient of at h; None: it has none, and `predict`s."""
