@@ -102,6 +102,7 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
         "train.batches": 900,
         "eval.sample": 0,
         "checkpoint.every": 0,
+        "eval.every": 400,
         "output.quiet": True,
         "rule.trust": trust,
         "rule.warmup_rule": "zero",
@@ -109,6 +110,8 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
     words = [f"--{name}={value}" for name, value in settings.items()]
     assert cli.main(["train", f"--output.run={folder}", *words]) == 0
     told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics" / "stage-0.jsonl").read_text().splitlines()]
+    told["at"] = {line["eval.batch"]: line["eval.loss"] for line in lines if "eval.loss" in line}
     return told
 
 
@@ -116,8 +119,8 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
 def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With trust it ends within 2 % of the untouched run, and the stage says how long it went without.
 
-    Without trust the poison costs twice that at the least: 3.01 nats instead of 2.84. (It was a quarter as long as the
-    head learnt with g only, when it had used the poison; now it learns at once, and is itself again as soon as it can.)
+    Without trust the poison costs a fifth while it lasts (3.62 nats instead of 2.96 right behind it), and more than
+    that 2 % at the end (2.99 instead of 2.84).
     """
     untouched = run(tmp_path / "untouched", trust=0.0)
     with monkeypatch.context() as patch:
@@ -126,6 +129,7 @@ def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: p
     Poison(monkeypatch)
     credulous = run(tmp_path / "credulous", trust=-1.0)
     assert poisoned["eval"]["loss"] < 1.02 * untouched["eval"]["loss"]
-    assert credulous["eval"]["loss"] > 1.04 * untouched["eval"]["loss"]
+    assert credulous["at"][400] > 1.1 * untouched["at"][400]  # right behind the last poisoned batch
+    assert credulous["eval"]["loss"] > 1.02 * untouched["eval"]["loss"]
     used = [stage["at_once"] for stage in poisoned["stage"]]
     assert 0.5 < used[1] < 0.85 and used[2] == 1
