@@ -21,6 +21,7 @@ from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.gradient_rules import RULES, GradientRule, LossGradient
 from dnipipe.learner import Learner
+from dnipipe.lessons import Replay
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.phases import Phases
@@ -131,7 +132,8 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
     def learner() -> Learner:
         torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
         predictor = predictors.build(settings.predictor, plan.edge(index), job.loss)
-        return Learner(predictor.to(device_of(settings)), settings.predictor.lr)
+        lessons = Replay(settings.predictor.replay, settings.predictor.steps)
+        return Learner(predictor.to(device_of(settings)), settings.predictor.lr, lessons)
 
     def rule(name: str) -> GradientRule:
         made: GradientRule

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError, MessageError
-from dnipipe.predictors import Edge, convolutions, dense
+from dnipipe.nets import convolutions, dense
+from dnipipe.predictors import Edge
 
 Shape = tuple[int, ...]
 

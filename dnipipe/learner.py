@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dnipipe.lessons import Replay
 from dnipipe.predictors import Predictor
 
 
@@ -13,12 +14,14 @@ class Learner:
 
     Args:
         lr: of the Adam.
+        replay: what an arriving gradient is learnt from with.
     """
 
-    def __init__(self, predictor: Predictor, lr: float) -> None:
+    def __init__(self, predictor: Predictor, lr: float, replay: Replay | None = None) -> None:
         self.predictor = predictor
         self.adam = torch.optim.Adam(predictor.parameters(), lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
+        self.replay = replay or Replay()
 
     def guess(self, h: Tensor, y: Tensor) -> Tensor:
         """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
@@ -34,9 +37,13 @@ class Learner:
 
     def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
         """What the gradient g that arrived for h (both (B, D...)) teaches."""
-        loss = self.predictor.loss(h, y, g)
-        if loss is not None:
-            self.descend(loss, self.parameters)
+        if self.predictor.matching == 0:
+            return
+        self.predictor.observe(y, g)
+        lesson = self.replay.lesson(h, y, g)
+        for _ in range(self.replay.steps):
+            losses = [weight * self.predictor.loss(*batch) for weight, *batch in lesson]
+            self.descend(torch.stack(losses).sum(), self.parameters)
 
     def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
         """One step on this loss (0-dim), which is backpropagated to `inputs` and no further."""

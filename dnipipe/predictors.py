@@ -6,8 +6,8 @@
 
 Units. On the wire and in `predict`, a gradient is d(mean loss over the batch)/d(element of h). Inside, predictors work
 per loss term: N·g, N = the number of loss terms in the batch, so that a target does not shrink with the batch size.
-One loss per predictor, reduced the same way in all: the squared distance summed over the features of a loss term,
-averaged over the N terms:  L_M = (1/N) Σ (N·ĝ − N·g)².  It has the paper's weight 1 (section 2, and appendix C.1).
+One loss for all of them, reduced in one place (lessons.py): the squared distance summed over the features of a loss
+term, averaged over the N terms:  L_M = (1/N) Σ (N·ĝ − N·g)².  Its weight is the paper's, 1, for the paper's predictors.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
 from dnipipe.heads import Attention, Pool, Residual, Scores, Similarity
+from dnipipe.lessons import Distance, rows
+from dnipipe.nets import convolutions, dense
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> mean loss over the batch, 0-dim
 
@@ -35,7 +37,20 @@ def loss_terms(y: Tensor) -> int:
 
 
 class Predictor(nn.Module, ABC):
-    """What a learner (learner.py) asks of a predictor. It either computes ĝ, or has a loss whose gradient ĝ is."""
+    """What a learner (learner.py) asks of a predictor. It either computes ĝ, or has a loss whose gradient ĝ is.
+
+    Args:
+        distance: how far a guess is from what arrived.
+        matching: weight of that distance; 0: it does not learn from what arrives.
+    """
+
+    def __init__(self, distance: Distance, matching: float = 1.0) -> None:
+        super().__init__()
+        self.distance, self.matching = distance, matching
+
+    @abstractmethod
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
+        """N·ĝ, the gradient of one loss term, of h's shape, with a graph back to the parameters."""
 
     def predict(self, h: Tensor, y: Tensor) -> Tensor | None:
         """ĝ for h (B, D...), of h's shape and the wire's unit, detached; None: ĝ is the gradient of its own loss."""
@@ -45,9 +60,14 @@ class Predictor(nn.Module, ABC):
         """What to minimise at once, 0-dim, and what ĝ is the gradient of at h; None: it has none, and `predict`s."""
         return None
 
-    @abstractmethod
-    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor | None:
-        """What to minimise, 0-dim: distance to the gradient g that arrived. None if it does not learn from it."""
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        """What to minimise, 0-dim: distance to the gradient g that arrived."""
+        target = rows(loss_terms(y) * g, y)
+        return self.matching * cast(Tensor, self.distance(rows(self.terms(h, y), y), target))
+
+    def observe(self, y: Tensor, g: Tensor) -> None:
+        """A gradient arrived: before it is learnt from, however often."""
+        self.distance.observe(rows(loss_terms(y) * g, y))
 
 
 @dataclass(frozen=True)
@@ -97,52 +117,21 @@ class Regression(Predictor):
     loss terms as rows of one batch, so that its batch norm sees tokens like samples.
     """
 
-    def __init__(self, net: nn.Module, labels: Labels | None) -> None:
-        super().__init__()
+    def __init__(self, net: nn.Module, labels: Labels | None, distance: Distance) -> None:
+        super().__init__(distance)
         self.net = net
         self.labels = labels
 
-    def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        """N·ĝ, the gradient of one loss term."""
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
+        """The net's output, times the running size of what arrives if that is kept."""
         seen = h if self.labels is None else self.labels(h, y)
         if h.dim() == 4:
-            return cast(Tensor, self.net(seen))
-        return cast(Tensor, self.net(seen.flatten(0, -2))).view_as(h)
+            return cast(Tensor, self.net(seen)) * self.distance.scale
+        return cast(Tensor, self.net(seen.flatten(0, -2))).view_as(h) * self.distance.scale
 
     @torch.no_grad()
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
-        return cast(Tensor, self(h, y)) / loss_terms(y)
-
-    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
-        """(1/N) Σ (M(h, y) − N·g)²: summed over features, averaged over loss terms."""
-        n = loss_terms(y)
-        return (cast(Tensor, self(h, y)) - n * g).square().sum() / n
-
-
-def dense(features: int, out: int, hidden: int, width: int) -> nn.Sequential:
-    """(rows, features) to (rows, out), by way of `hidden` layers; zero at first."""
-    layers: list[nn.Module] = []
-    for _ in range(hidden):
-        layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
-        features = width
-    return nn.Sequential(*layers, _zeroed(nn.Linear(features, out)))
-
-
-def convolutions(channels: int, out: int, hidden: int, width: int) -> nn.Sequential:
-    """(B, channels, H, W) to (B, out, H, W), by way of `hidden` layers; zero at first."""
-    layers: list[nn.Module] = []
-    for _ in range(hidden):
-        layers += [nn.Conv2d(channels, width, 5, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
-        channels = width
-    return nn.Sequential(*layers, _zeroed(nn.Conv2d(channels, out, 5, padding=2)))
-
-
-def _zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Module:
-    """The paper: the final regression layer starts at zero, so initially zero synthetic gradient is produced."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+        return self.terms(h, y) / loss_terms(y)
 
 
 # -- virtual forward-backward network ----------------------------------------------------------------------------
@@ -160,7 +149,7 @@ class VFBN(Predictor):
     Args:
         head: A, from h to the model's output; or to features, of which `scores` makes the output.
         loss: the model's own.
-        matching: weight of the second part; 0 leaves it out.
+        matching: weight of the second part; 0 leaves it out. distance: how it is measured.
         similarity: another loss of h beside the head's, and its share of the two.
     """
 
@@ -171,11 +160,11 @@ class VFBN(Predictor):
         matching: float,
         scores: Scores | None = None,
         similarity: tuple[Similarity, float] | None = None,
+        distance: Distance | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(distance or Distance(), matching)
         self.head = head
         self.task_loss = loss
-        self.matching = matching
         self.scores = scores
         self.similarity = similarity[0] if similarity else None
         self.share = similarity[1] if similarity else 0.0
@@ -189,12 +178,10 @@ class VFBN(Predictor):
             return loss
         return (1 - self.share) * loss + self.share * cast(Tensor, self.similarity(h, y))
 
-    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor | None:
-        if self.matching == 0:
-            return None
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
         h = h.detach().requires_grad_()
         (predicted,) = torch.autograd.grad(self.own_loss(h, y), h, create_graph=True)
-        return self.matching * loss_terms(y) * (predicted - g).square().sum()
+        return loss_terms(y) * predicted
 
 
 # -- the registry ------------------------------------------------------------------------------------------------
@@ -225,7 +212,7 @@ def _regression(settings: Settings, edge: Edge, hidden: int) -> Regression:
         )
     labels, features = _labels(settings, edge), edge.h[-1]
     seen = features + (labels.features if labels else 0)
-    return Regression(dense(seen, features, hidden, settings.width or 4 * features), labels)
+    return Regression(dense(seen, features, hidden, settings.width or 4 * features), labels, _distance(settings))
 
 
 def _conv(settings: Settings, edge: Edge, loss: Loss) -> Regression:
@@ -237,7 +224,8 @@ def _conv(settings: Settings, edge: Edge, loss: Loss) -> Regression:
     labels, channels = _labels(settings, edge), edge.h[1]
     seen = channels + (labels.features if labels else 0)
     hidden = 2 if settings.hidden < 0 else settings.hidden
-    return Regression(convolutions(seen, channels, hidden, settings.width or channels), labels)
+    net = convolutions(seen, channels, hidden, settings.width or channels)
+    return Regression(net, labels, _distance(settings))
 
 
 def _labels(settings: Settings, edge: Edge) -> Labels | None:
@@ -273,8 +261,13 @@ def _vfbn(settings: Settings, edge: Edge, loss: Loss) -> VFBN:
                 f"predictor.sampled = {settings.sampled}, but the labels are no classes: leave predictor.sampled at 0"
             )
         scores = Scores(features, classes, settings.sampled)
-        return VFBN(nn.Sequential(*layers), loss, settings.matching, scores, similarity)
-    return VFBN(nn.Sequential(*layers, nn.Linear(features, classes)), loss, settings.matching, None, similarity)
+        return VFBN(nn.Sequential(*layers), loss, settings.matching, scores, similarity, _distance(settings))
+    head = nn.Sequential(*layers, nn.Linear(features, classes))
+    return VFBN(head, loss, settings.matching, None, similarity, _distance(settings))
+
+
+def _distance(settings: Settings) -> Distance:
+    return Distance(settings.normalise, settings.cosine)
 
 
 def _attention(settings: Settings, edge: Edge) -> Attention:

@@ -31,6 +31,7 @@ from dnipipe.gradient_rules import (
     Wait,
 )
 from dnipipe.learner import Learner
+from dnipipe.lessons import Distance
 from dnipipe.messages import Activation
 from dnipipe.predictors import VFBN, Predictor
 from dnipipe.trust import READ
@@ -43,16 +44,17 @@ class Constant(Predictor):
     """Guesses one number everywhere, and learns the mean of what arrives."""
 
     def __init__(self, value: float = 0.25) -> None:
-        super().__init__()
+        super().__init__(Distance())
         self.value = nn.Parameter(torch.tensor(value))
         self.taught: list[Tensor] = []
 
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
         return torch.full_like(h, self.value.item())
 
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
-        if g is None:
-            return None
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
+        return len(y) * self.value.expand_as(h)
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
         self.taught.append(g)
         return (self.value - g.mean()) ** 2
 

@@ -16,14 +16,16 @@ MAY = {
     "codec": "messages errors",
     "transport": "messages errors codec",
     "heads": "",
-    "predictors": "config errors heads",
+    "lessons": "",
+    "nets": "",
+    "predictors": "config errors heads lessons nets",
     "trust": "",
-    "learner": "predictors",
+    "learner": "lessons predictors",
     "gradient_rules": "config errors learner predictors trust",
     "phases": "gradient_rules",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
-    "inputs": "config errors predictors",
+    "inputs": "config errors nets predictors",
     "unlocked": "errors inputs messages stage",
     "stash": "",
     "stage": "messages errors gradient_rules predictors metrics optim randomness stash",
@@ -41,7 +43,7 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "config data errors gradient_rules inputs learner metrics optim phases predictors randomness "
+    "building": "config data errors gradient_rules inputs learner lessons metrics optim phases predictors randomness "
     "sometimes split stage unlocked window",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "

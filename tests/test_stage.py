@@ -15,8 +15,9 @@ from torch import Tensor
 from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
 from dnipipe.learner import Learner
+from dnipipe.lessons import Distance
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Saved
-from dnipipe.predictors import VFBN, Predictor
+from dnipipe.predictors import VFBN, Predictor, loss_terms
 from dnipipe.randomness import reseed
 from dnipipe.stage import Stage, score
 from tests.conftest import Line, blobs, make_stages, narrow
@@ -28,16 +29,19 @@ class Fixed(Predictor):
     """Guesses the same gradient always; remembers what it was taught."""
 
     def __init__(self, value: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(Distance())
         self.value = nn.Parameter(torch.tensor(value))
-        self.taught: list[Tensor | None] = []
+        self.taught: list[Tensor] = []
 
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
         return torch.full_like(h, self.value.item())
 
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
+        return 0 * self.value.expand_as(h)
+
+    def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
         self.taught.append(g)
-        return None
+        return self.terms(h, y).sum()
 
 
 def fixed(value: float = 0.0) -> Learner:
@@ -45,10 +49,10 @@ def fixed(value: float = 0.0) -> Learner:
 
 
 class Oracle(Predictor):
-    """Knows the rest of the model, and so the true gradient."""
+    """Knows the rest of the model, and so the true gradient; it has nothing to learn."""
 
     def __init__(self, rest: list[nn.Module]) -> None:
-        super().__init__()
+        super().__init__(Distance(), matching=0.0)
         self.rest = rest
         self.unused = nn.Parameter(torch.zeros(()))
 
@@ -58,8 +62,8 @@ class Oracle(Predictor):
             (g,) = torch.autograd.grad(F.cross_entropy(nn.Sequential(*self.rest)(h), y), h)
         return g
 
-    def loss(self, h: Tensor, y: Tensor, g: Tensor | None) -> Tensor | None:
-        return None
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
+        return loss_terms(y) * self.predict(h, y)
 
 
 def layers(seed: int = 0, dropout: float = 0.0) -> list[nn.Module]:

@@ -104,6 +104,14 @@ class Predictor:
         0.0, "vfbn: share of the similarity loss in its own loss (predsim, with rule.name = local)", low=0.0, high=1.0
     )
     matching: float = setting(0.1, "vfbn: weight of the squared distance to the arriving gradient", low=0.0)
+    normalise: bool = setting(False, "measure that distance by the running size of what arrives")
+    cosine: float = setting(
+        0.0, "weight of 1 - cosine with the arriving gradient, beside the squared distance", low=0.0
+    )
+    steps: int = setting(1, "times that each arriving gradient is learnt from", low=1)
+    replay: int = setting(
+        0, "newest gradients that are learnt from once more whenever one comes, the older the less", low=0
+    )
 
 
 @dataclass(frozen=True)
