@@ -174,7 +174,8 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     if settings.pipeline.window != "auto":
         return Window(settings.pipeline.window)
     if settings.transport.kind == "local":
-        return Window(2 * settings.transport.delay + 2)  # what is under way and back, so that nothing holds stage 0 up
+        hops = 2 * (plan.stages - 1 - index)  # to the loss and back, so that nothing holds stage 0 up
+        return Window(hops * settings.transport.delay + 2)
     elements = 1
     for size in plan.edge(index).h:
         elements *= size

@@ -3,8 +3,8 @@
     now(batch, h, y)                 the batch has just been computed: a gradient for it, at once?
     arrived(batch, h, y, g, ĝ)       the next stage's gradient g is here: what is to be done with it?
 
-Both answer with a `Use`, or None: nothing to do; `now` also with a `Skip`: leave the batch out. Batch ids start at 1.
-A rule is one class here and one line in RULES.
+Both answer with a `Use`, or None: nothing to do; `now` also with a `Skip`: leave the batch out; `arrived` also with a
+`Mend`: what was used at once was not all. Batch ids start at 1. A rule is one class here and one line in RULES.
 
                         now                        arrived
     Synthetic, λ = 0    update with ĝ, send J^T ĝ  the predictor learns
@@ -14,7 +14,8 @@ A rule is one class here and one line in RULES.
         local           as ever                    the predictor learns nothing from g
         scale           as ever, with a part of ĝ  the predictor learns
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
-    Blend               update with ĝ, send J^T ĝ  the predictor learns; w (g - ĝ) joins the next update
+    Blend, λ = 0        update with ĝ, send J^T ĝ  the predictor learns; v (g - ĝ) joins the next update
+    Blend, λ > 0        update with ĝ              the same; and send J^T ĝ + λ J^T (g - ĝ)
     Delayed, Wait                                  update with g, send J^T g
     LossGradient        update with ∂loss/∂h, send it back: the last stage                nothing arrives
 """
@@ -45,7 +46,15 @@ class Use:
     g: Tensor  # (B, D...) like h, d(mean loss over the batch)/d(element of h)
     update: bool  # add it, backpropagated, to the parameters' gradients
     send: bool  # give x.grad to the stage before
-    step: bool = True  # and step the optimizer with that; False: it joins the next step
+
+
+@dataclass(frozen=True, eq=False)
+class Mend:
+    """What was used at once, ĝ, is not what has come, g. The difference, backpropagated, joins the next update."""
+
+    off: Tensor  # g - ĝ at h, (B, D...)
+    weight: float  # of it in the parameters' gradients
+    share: float  # λ: of it in what the stage before is sent, which has waited for this; 0: that was sent at once
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,9 @@ class GradientRule(ABC):
         """What to do with the batch at once."""
 
     @abstractmethod
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+    def arrived(
+        self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None
+    ) -> Use | Mend | None:
         """What to do now that its gradient is here; g is None if none was made for this batch."""
 
 
@@ -127,7 +138,16 @@ class Synthetic(GradientRule):
                 guess *= max(LEAST, self.trust.likeness or 0.0)
         return Use(guess, update=True, send=self.bp_lambda == 0)
 
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+    def arrived(
+        self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None
+    ) -> Use | Mend | None:
+        use = self.learnt(batch, h, y, g, predicted)
+        if use or g is None or predicted is None or self.bp_lambda == 0:
+            return use
+        return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
+
+    def learnt(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        """The predictor learns, and so does the trust in it. A batch that has waited for g is finished with it."""
         meanwhile = self.meanwhile if batch in self._distrusted else ""
         self._distrusted.discard(batch)
         if g is None:
@@ -137,21 +157,17 @@ class Synthetic(GradientRule):
         if predicted is None:
             return None  # nothing was asked of this batch
         self.trust.observe(predicted, g)
-        if meanwhile in ("wait", "zero"):
-            return Use(g, update=meanwhile == "wait", send=True)
-        if self.bp_lambda == 0:
-            return None
-        return Use(torch.lerp(predicted, g, self.bp_lambda), update=False, send=True)
+        return Use(g, update=meanwhile == "wait", send=True) if meanwhile in ("wait", "zero") else None
 
 
 class Blend(Synthetic):
-    """Synthetic with λ = 0, and its error mended when it is known: v (g - ĝ) is backpropagated, and what that gives
-    joins the next update; v = w / √(1 + age), age the batches that the stage has predicted for since.
+    """Synthetic, and its error mended when it is known: v (g - ĝ) is backpropagated, and what that gives joins the next
+    update; v = w / √(1 + age), age the batches that the stage has predicted for since.
 
-    At v = 1 a stage has, summed over a run, followed g, a part of it late. It joins, for a step of its own would be as
-    long as any: Adam steps as far for a small gradient as for a large one. The older, the less of it: what is mended
-    late is mended while the stage has moved (docs/learning.md). Nothing is sent for it: the stage before had its answer
-    at once. A warm-up is Synthetic's.
+    With λ = 1 what arrives comes all the way from the loss, the true gradient: then, at v = 1, a stage has, summed over
+    a run, followed it, a part of it late. With λ = 0 it looks no further than the next stage's own prediction.
+    It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
+    The older, the less of it: what is mended late is mended while the stage has moved (docs/learning.md).
 
     Args: correction, w; the others are Synthetic's.
     """
@@ -162,11 +178,12 @@ class Blend(Synthetic):
         self,
         learner: Learner,
         correction: float,
+        bp_lambda: float = 0.0,
         warmup: int = 0,
         meanwhile: str = "wait",
         trust: float = -1.0,
     ) -> None:
-        super().__init__(learner, 0.0, warmup, meanwhile, trust)
+        super().__init__(learner, bp_lambda, warmup, meanwhile, trust)
         self.correction = correction
         self._asked = 0  # batches so far
         self._order: dict[int, int] = {}  # batch -> how many that were when it came
@@ -174,20 +191,21 @@ class Blend(Synthetic):
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
         rule = config.rule
-        return cls(learner(), rule.correction, rule.warmup, rule.warmup_rule, rule.trust)
+        return cls(learner(), rule.correction, rule.bp_lambda, rule.warmup, rule.warmup_rule, rule.trust)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         self._asked += 1
         self._order[batch] = self._asked
         return super().now(batch, h, y)
 
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+    def arrived(
+        self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None
+    ) -> Use | Mend | None:
         age = self._asked - self._order.pop(batch, self._asked)
-        use = super().arrived(batch, h, y, g, predicted)
+        use = self.learnt(batch, h, y, g, predicted)
         if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        weight = self.correction * (1 + age) ** -0.5
-        return Use(weight * (g - predicted), update=True, send=False, step=False)
+        return Mend(g - predicted, self.correction * (1 + age) ** -0.5, self.bp_lambda)
 
 
 class Local(GradientRule):

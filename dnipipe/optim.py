@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from dnipipe.config import Config
@@ -93,6 +94,14 @@ class Descent:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return True
+
+    def join(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float) -> None:
+        """Let these gradients, so much of each, take part in the next update."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(gradient, alpha=weight)
 
     def _slowed(self, batch: int, late: int) -> float:
         return float(late ** (batch / self.reschedule - 1.0)) if late > 1 and batch < self.reschedule else 1.0

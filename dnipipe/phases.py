@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dnipipe.gradient_rules import GradientRule, Skip, Use
+from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 
 
 class Phases(GradientRule):
@@ -33,7 +33,9 @@ class Phases(GradientRule):
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         return self.at(batch).now(batch, h, y)
 
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+    def arrived(
+        self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None
+    ) -> Use | Mend | None:
         return self.at(batch).arrived(batch, h, y, g, predicted)
 
 

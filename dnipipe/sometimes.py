@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dnipipe.gradient_rules import GradientRule, Skip, Use
+from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 from dnipipe.randomness import chance
 
 
@@ -36,7 +36,9 @@ class Sometimes(GradientRule):
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         return self.inner.now(batch, h, y) if self.draws(batch) else Skip("not drawn")
 
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+    def arrived(
+        self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None
+    ) -> Use | Mend | None:
         use = self.inner.arrived(batch, h, y, g, predicted)
         return use if self.draws(batch) else None
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dnipipe.errors import MessageError
-from dnipipe.gradient_rules import GradientRule, Skip, Use
+from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
@@ -53,6 +53,7 @@ class Pending:
     updated: bool  # the stage has already stepped on this batch
     skipped: bool  # and this one never will
     answered: bool  # the stage before already has its Gradient
+    begun: Tensor | None  # x.grad of what was applied at once, where the stage before has not been sent it yet
     updates: int  # how many updates the stage had made when it sent h
     stash: Stash | None  # the weights with which it went through, if the rule wants its gradient there
 
@@ -141,6 +142,11 @@ class Stage:
             use = rule.now(batch, out, y)  # 3
         skip, use = (use, None) if isinstance(use, Skip) else (None, use)
         done = skip or (use and use.update and use.send and not rule.again)
+        updates, stash = self.updates, None if rule.stash is None or done or self.last else Stash(self.module)
+        if skip:
+            yield from self._skip(batch, skip.why)
+        elif use:
+            yield from self._apply(batch, x, h, use)  # 4
         pending = Pending(
             x=None if done else x.detach(),
             h=out,
@@ -149,13 +155,10 @@ class Stage:
             updated=use is not None and use.update,
             skipped=skip is not None,
             answered=use is not None and use.send,
-            updates=self.updates,
-            stash=None if rule.stash is None or done or self.last else Stash(self.module),
+            begun=None if done or (use and use.send) else x.grad,
+            updates=updates,
+            stash=stash,
         )
-        if skip:
-            yield from self._skip(batch, skip.why)
-        elif use:
-            yield from self._apply(batch, x, h, use)  # 4
         if not self.last:
             self.pending[batch] = pending  # 5
         self.metrics.trained(batch, y.shape[0], pending.updated)
@@ -170,7 +173,9 @@ class Stage:
             self.metrics.received(pending.predicted, g, late)
         with self.metrics.clock.span("predictor"):
             use = rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
-        if use and (use.update or self.index > 0):
+        if isinstance(use, Mend):
+            yield from self._mend(batch, pending, use)
+        elif use and (use.update or self.index > 0):
             assert pending.x is not None
             x = pending.x.requires_grad_(self.index > 0 and use.send)
             with self.metrics.clock.span("forward"):
@@ -199,9 +204,24 @@ class Stage:
                 (x.grad,) = torch.autograd.grad(h, x, use.g)
         if use.send and self.index > 0:
             yield Gradient(batch, x.grad)
-        if use.update and use.step:
+        if use.update:
             with self.metrics.clock.span("optimizer"):
                 self.updates += self.descent.step(batch, late)
+
+    def _mend(self, batch: int, pending: Pending, mend: Mend) -> Iterator[Message]:
+        """What was used at once was off: the rest joins the next update, and the answer, if that has waited for it."""
+        assert pending.x is not None
+        sends = self.index > 0 and not pending.answered
+        x = pending.x.requires_grad_(sends)
+        with self.metrics.clock.span("forward"):
+            h = self._forward_again(batch, x)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        with self.metrics.clock.span("backward"):
+            found = torch.autograd.grad(h, [*parameters, x] if sends else parameters, mend.off, allow_unused=True)
+        if sends:
+            assert pending.begun is not None
+            yield Gradient(batch, torch.add(pending.begun, found[-1], alpha=mend.share))
+        self.descent.join(parameters, found[: len(parameters)], mend.weight)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""

@@ -52,10 +52,6 @@ def test_the_embedded_default_is_valid() -> None:
             "rule.warmup = 9 with rule.name = delayed: it predicts nothing",
         ),
         (["--rule.name", "delayed", "--rule.bp_lambda", "1"], "rule.bp_lambda = 1.0 with rule.name = delayed"),
-        (
-            ["--rule.name", "blend", "--rule.bp_lambda", "0.5"],
-            "rule.bp_lambda = 0.5 with rule.name = blend: it answers",
-        ),
         (["--rule.name", "blend", "--rule.correction", "0"], "rule.correction = 0.0: expected at least 0.001"),
         (["--rule.p_update", "0"], "rule.p_update = 0.0: expected at least 0.001 and at most 1.0"),
         (

@@ -25,6 +25,7 @@ from dnipipe.gradient_rules import (
     GradientRule,
     Local,
     LossGradient,
+    Mend,
     Skip,
     Synthetic,
     Use,
@@ -62,12 +63,12 @@ class Constant(Predictor):
 GUESS = torch.full_like(H, 0.25)
 
 
-def same(found: Use | None, expected: tuple[Tensor, bool, bool] | tuple[Tensor, bool, bool, bool] | None) -> bool:
-    """Bitwise; (gradient, update, send), and whether it steps: it does if that is not said."""
+def same(found: Use | Mend | None, expected: tuple[Tensor, bool | float, bool | float] | None) -> bool:
+    """Bitwise; a Use as (gradient, update, send), a Mend as (what was missed, weight, share)."""
     if found is None or expected is None:
         return found is None and expected is None
-    flags = expected[1:] if len(expected) == 4 else (*expected[1:], True)
-    return torch.equal(found.g, expected[0]) and (found.update, found.send, found.step) == flags
+    rest = (found.update, found.send) if isinstance(found, Use) else (found.weight, found.share)
+    return torch.equal(found.g if isinstance(found, Use) else found.off, expected[0]) and rest == expected[1:]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------
@@ -151,16 +152,17 @@ def test_synthetic(
 @pytest.mark.parametrize(
     ("settings", "batch", "now", "arrived"),
     [
-        ({}, 1, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
+        ({}, 1, (GUESS, True, True), (G - GUESS, 0.5, 0.0)),
+        ({"bp_lambda": 0.25}, 1, (GUESS, True, False), (G - GUESS, 0.5, 0.25)),
         # in its warm-up; the last batch of it, and the first behind it
         ({"warmup": 3, "meanwhile": "wait"}, 3, UNTRUSTED, (G, True, True)),
         ({"warmup": 3, "meanwhile": "zero"}, 3, UNTRUSTED, (G, False, True)),
-        ({"warmup": 3}, 4, (GUESS, True, True), ((G - GUESS) / 2, True, False, False)),
+        ({"warmup": 3}, 4, (GUESS, True, True), (G - GUESS, 0.5, 0.0)),
     ],
-    ids=["blend", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
+    ids=["0", "quarter", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
 )
 def test_blend(
-    settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, bool, bool]
+    settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bool], arrived: tuple[Tensor, float, float]
 ) -> None:
     """With w = 1/2; and from a gradient that was not made there is nothing to mend or to learn."""
     rule = Blend(Learner(predictor := Constant(), 0.1), 0.5, **settings)  # type: ignore[arg-type]
@@ -171,6 +173,14 @@ def test_blend(
     assert same(rule.arrived(batch, H, Y, G, use.g), arrived)
     assert [torch.equal(lesson, G) for lesson in predictor.taught] == [True]
     assert rule.teaches and rule.again
+
+
+def test_blend_takes_the_less_of_a_correction_the_older_it_is() -> None:
+    rule = Blend(Learner(Constant(), 0.1), 0.5)
+    for batch in (1, 2, 3, 4):
+        rule.now(batch, H, Y)
+    for batch, age in ((1, 3), (3, 1), (4, 0)):
+        assert same(rule.arrived(batch, H, Y, G, GUESS), (G - GUESS, 0.5 * (1 + age) ** -0.5, 0.0))
 
 
 @pytest.mark.parametrize("settings", [{}, {"bp_lambda": 0.5}, {"warmup": 3}])
@@ -241,8 +251,9 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped_and_never_told(bad: float
 # -- BP(λ) -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("blend", [False, True])
 @pytest.mark.parametrize("lam", [0.0, 0.25, 1.0])
-def test_bp_lambda_is_the_papers_recursion(lam: float) -> None:
+def test_bp_lambda_is_the_papers_recursion(lam: float, blend: bool) -> None:
     """Appendix A.2: what stage k-1 is taught is J_k^T (λ δ_k + (1-λ) ĝ_k), and δ_k is such a mixture itself.
 
     x ──·2──► h0 ──·3──► h1 ──·5──► h2 ──·7──► L = mean          one number a sample; N = 4 samples
@@ -255,9 +266,12 @@ def test_bp_lambda_is_the_papers_recursion(lam: float) -> None:
         modules.append(layer)
     guesses = [Constant(0.5), Constant(-1.0), Constant(4.0)]
     still = partial(torch.optim.SGD, lr=0.0)
-    stages = make_stages(
-        modules, lambda k: Synthetic(Learner(guesses[k], 0.0), bp_lambda=lam), still, loss=lambda h, y: h.mean()
-    )
+
+    def rule(k: int) -> Synthetic:
+        learner = Learner(guesses[k], 0.0)
+        return Blend(learner, 0.3, bp_lambda=lam) if blend else Synthetic(learner, bp_lambda=lam)
+
+    stages = make_stages(modules, rule, still, loss=lambda h, y: h.mean())
     line = Line(stages)
     line.feed(Activation(1, torch.randn(4, 1), torch.zeros(4)))
     line.run()

@@ -81,6 +81,19 @@ def test_a_gradient_is_late_by_there_and_back(tmp_path: Path, delay: int) -> Non
         assert line["staleness"] == pytest.approx(max(1, 2 * delay) - missing / 50)
 
 
+@pytest.mark.parametrize("settings", [{"rule__name": "delayed"}, {"rule__name": "blend", "rule__bp_lambda": 1.0}])
+def test_a_gradient_from_the_loss_is_late_by_all_the_way_there_and_back(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """2·delay for each stage behind, and nothing holds stage 0 up meanwhile. What a batch has seen at either end is
+    less: behind the last that is drawn blend makes no update, and delayed none before a gradient came."""
+    train(tmp_path / "run", transport__delay=3, output__every=1000, **settings)
+    for k, way in ((0, 18), (1, 12), (2, 6)):
+        (line,) = map(json.loads, (tmp_path / "run" / "metrics" / f"stage-{k}.jsonl").read_text().splitlines())
+        most = way - (settings["rule__name"] == "delayed")  # its own batch's update comes with the gradient
+        assert line["staleness"] == pytest.approx(most - sum(range(1, way)) / 50)
+
+
 @pytest.mark.parametrize(("stages", "delay"), [(1, 0), (2, 5), (4, 0)])
 def test_waiting_is_plain_autograd_whatever_the_delay(tmp_path: Path, stages: int, delay: int) -> None:
     settings = {"rule__name": "wait", "pipeline__stages": stages}

@@ -90,6 +90,30 @@ def test_blend_with_a_guess_of_nothing_takes_the_gradient_into_the_next_update(d
     assert [stage.updates for stage in stages] == [10, 10]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_blend_with_true_gradients_mends_all_that_the_guess_has_missed(weight: float) -> None:
+    """λ = 1, weights that stay: what was applied at once, and what then waits for the next update, are the gradient."""
+    modules = layers()
+    x, y = next(blobs(1))
+    F.cross_entropy(nn.Sequential(*(twin := copy.deepcopy(modules)))(x), y).backward()
+    applied: list[list[Tensor]] = [[], []]
+    guesses = [Learner(Fixed(value), 1e-3) for value in (0.01, -0.02)]
+    still = partial(torch.optim.SGD, lr=0.0)
+    stages = make_stages(modules, lambda k: Blend(guesses[k], weight, bp_lambda=1.0), still)
+    for k in (0, 1):
+        stages[k].descent.optimizer.register_step_pre_hook(
+            lambda *_, k=k: applied[k].extend(p.grad.clone() for p in stages[k].module.parameters())
+        )
+    line = Line(stages)
+    line.feed(Activation(1, x, y))
+    line.run()
+    for k in (0, 1):
+        for p, at_once, true in zip(modules[k].parameters(), applied[k], twin[k].parameters(), strict=True):
+            assert p.grad is not None and true.grad is not None
+            assert not torch.allclose(at_once, true.grad, rtol=1e-3)
+            torch.testing.assert_close(at_once + p.grad / weight, true.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_with_a_stash_the_gradient_is_that_of_the_weights_it_went_through_with(delay: int, lam: float) -> None:

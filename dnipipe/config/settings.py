@@ -105,11 +105,10 @@ class Config:
                 f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
                 "make an update of fewer than it is averaged over; set one of the two to 1"
             )
-        if rule.bp_lambda and names <= {"delayed", "blend"}:
-            why = "it predicts nothing" if rule.name == "delayed" else "it answers at once, from its prediction alone"
+        if rule.bp_lambda and names == {"delayed"}:
             raise ConfigError(
-                f"rule.bp_lambda = {rule.bp_lambda} with rule.name = {rule.name}: {why}; leave rule.bp_lambda at 0, or "
-                "use rule.name = synthetic"
+                f"rule.bp_lambda = {rule.bp_lambda} with rule.name = delayed: it predicts nothing; leave "
+                "rule.bp_lambda at 0, or use rule.name = synthetic"
             )
 
     def _check_meanwhile(self) -> None:
