@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ def schedule(config: Config, total: int) -> Schedule:
     return factor
 
 
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """β, the part of an update that goes on into the next: of Adam and its like, of SGD; 0 if there is none."""
+    return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
 class Descent:
     """A stage's optimizer: on which batches it steps, and how far.
 
@@ -60,6 +66,7 @@ class Descent:
             gathered wait for the next such id.)
         reschedule: S, batches over which an update that comes τ updates late has its rate multiplied by τ^-(1 - id/S):
             lr/τ at the start, lr from batch S on (PipeMare, arXiv:1910.05124, T1).
+        lookahead: most updates by which `lean` moves ahead.
     """
 
     def __init__(
@@ -69,9 +76,12 @@ class Descent:
         clip: float = 0.0,
         accumulate: int = 1,
         reschedule: int = 0,
+        lookahead: int = 0,
     ) -> None:
         self.optimizer, self.schedule, self.clip = optimizer, schedule, clip
-        self.accumulate, self.reschedule = accumulate, reschedule
+        self.accumulate, self.reschedule, self.lookahead = accumulate, reschedule, lookahead
+        self._moved: list[Tensor] = []  # by the last update, parameter by parameter; kept for lookahead only
+        self._upright: list[Tensor] = []  # the weights, while the parameters lean
         self._base_lr = [group["lr"] for group in optimizer.param_groups]
 
     def step(self, batch: int, late: int = 0) -> bool:
@@ -79,9 +89,10 @@ class Descent:
 
         late: how many updates this stage made between the batch's forward and now.
         """
+        self.stand()
         if batch % self.accumulate:
             return False
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self.parameters
         if self.accumulate > 1:
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -91,9 +102,41 @@ class Descent:
         factor = self.schedule(batch) * self._slowed(batch, late)
         for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = lr * factor
+        before = [p.detach().clone() for p in parameters] if self.lookahead else []
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._moved = [p.detach() - was for p, was in zip(parameters, before, strict=True)] if before else []
         return True
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def lean(self, late: int) -> None:
+        """Move the parameters to where they are expected when a gradient that is `late` updates late comes, until the
+        next `step` or `stand`: on by (β + β² + … + βⁿ) times the last update, n the lesser of late and lookahead.
+
+        That is what the optimizer's momentum β will still make of what it has seen (SpecTrain, arXiv:1809.02839, eq. 5;
+        with n = 1, Nesterov's). Without it, a late gradient and momentum swing up in every direction of some curvature.
+        """
+        if not self._moved or late <= 0:
+            return
+        self._upright = [p.detach().clone() for p in self.parameters]
+        moved = iter(self._moved)
+        for group in self.optimizer.param_groups:
+            beta = momentum_of(group)
+            part = sum(beta**n for n in range(1, 1 + min(late, self.lookahead)))
+            for parameter in group["params"]:
+                parameter.add_(next(moved), alpha=part)
+
+    @torch.no_grad()
+    def stand(self) -> None:
+        """Put the parameters back, bitwise, if they lean. What was computed with them must be backpropagated before."""
+        if self._upright:
+            for parameter, weights in zip(self.parameters, self._upright, strict=True):
+                parameter.copy_(weights)
+            self._upright = []
 
     def join(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float) -> None:
         """Let these gradients, so much of each, take part in the next update."""

@@ -91,6 +91,7 @@ class Stage:
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
         self.updates = 0
+        self.late = 0  # updates between the last batch whose gradient came and that gradient
         self.last_batch = 0
 
     @property
@@ -132,6 +133,7 @@ class Stage:
         self._mode(training=True)
         rule = self.rule.at(batch)
         x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and rule.teaches)
+        self.descent.lean(self.late)
         with self.metrics.clock.span("forward"):
             reseed(self.seed, self.first_layer, batch)
             h = self.module(x)  # 1
@@ -147,6 +149,7 @@ class Stage:
             yield from self._skip(batch, skip.why)
         elif use:
             yield from self._apply(batch, x, h, use)  # 4
+        self.descent.stand()
         pending = Pending(
             x=None if done else x.detach(),
             h=out,
@@ -168,7 +171,8 @@ class Stage:
         pending = self.pending.pop(batch, None)  # 6
         if pending is None or (g is not None and g.shape != pending.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
-        rule, late = self.rule.at(batch), self.updates - pending.updates
+        rule = self.rule.at(batch)
+        late = self.late = self.updates - pending.updates
         if g is not None:
             self.metrics.received(pending.predicted, g, late)
         with self.metrics.clock.span("predictor"):

@@ -22,7 +22,7 @@ from dnipipe.stage import Stage
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-STEPPING = ("schedule", "clip", "accumulate", "reschedule")  # the options that are Descent's
+STEPPING = ("schedule", "clip", "accumulate", "reschedule", "lookahead")  # the options that are Descent's
 
 
 class Line:

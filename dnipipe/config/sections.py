@@ -87,6 +87,13 @@ class Rule:
     reschedule: int = setting(
         0, "batches over which an update that is late by n updates goes from lr/n to lr (0: at lr always)", low=0
     )
+    lookahead: int = setting(
+        0,
+        "most updates by which a batch goes through a stage ahead of its weights, by the optimizer's momentum; as many "
+        "as its gradient will be late (0: none)",
+        low=0,
+        high=1000,
+    )
 
 
 @dataclass(frozen=True)

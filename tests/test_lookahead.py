@@ -1,0 +1,109 @@
+"""Ahead of the weights: where a batch goes through a stage if its gradient will be late.
+
+θ ──last update──► θ' · · β · · β² · · ►  lean: here the forward and its backward;  stand: back at θ', bitwise, and step
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dnipipe.gradient_rules import Blend, Delayed, GradientRule
+from dnipipe.learner import Learner
+from dnipipe.messages import Activation
+from dnipipe.optim import Descent
+from dnipipe.stage import Stage
+from tests.conftest import Line, blobs, make_stages
+from tests.test_stage import Fixed, layers
+
+MOMENTUM = {
+    "adam": partial(torch.optim.Adam, lr=0.01, betas=(0.8, 0.999)),
+    "nadam": partial(torch.optim.NAdam, lr=0.01, betas=(0.8, 0.999)),
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.8),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+def test_it_leans_by_what_the_momentum_will_still_do_and_stands_again_bitwise(name: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    descent = Descent(MOMENTUM[name](net.parameters()), lookahead=3)
+    x = torch.randn(5, 3)
+
+    def step(batch: int) -> None:
+        net(x).square().sum().backward()
+        descent.step(batch)
+
+    weights = net.weight.detach().clone()
+    descent.lean(3)
+    assert torch.equal(net.weight, weights)  # nothing is known yet
+    step(1)
+    before = net.weight.detach().clone()
+    step(2)
+    after = net.weight.detach().clone()
+    for late, part in ((0, 0.0), (1, 0.8), (2, 0.8 + 0.64), (3, 0.8 + 0.64 + 0.512), (9, 0.8 + 0.64 + 0.512)):
+        descent.lean(late)
+        torch.testing.assert_close(net.weight.detach(), after + part * (after - before))
+        descent.stand()
+        assert torch.equal(net.weight, after)
+    descent.lean(2)
+    step(3)  # from where it stands, whatever it leant to
+    assert (net.weight - after).norm() < 2 * (after - before).norm()
+
+
+def last_of(late: int, lookahead: int, curvature: float) -> float:
+    """|θ| after 60 updates on θ²/2·curvature from 1, each gradient taken `late` updates ago, at where it leant then."""
+    theta = nn.Parameter(torch.ones(()))
+    descent = Descent(torch.optim.SGD([theta], lr=0.1, momentum=0.9), lookahead=lookahead)
+    waiting: deque[Tensor] = deque()
+    for batch in range(1, 61):
+        descent.lean(late)
+        waiting.append(curvature * theta.detach().clone())
+        descent.stand()
+        if len(waiting) > late:
+            theta.grad = waiting.popleft()
+            descent.step(batch)
+    return abs(theta.item())
+
+
+def test_late_gradients_and_momentum_swing_up_where_ahead_of_the_weights_they_do_not() -> None:
+    """One update late, z² - 1.9 z + 0.9 + rate · curvature has roots outside the unit circle above a curvature of 1."""
+    assert last_of(late=0, lookahead=0, curvature=2.0) < 0.1
+    assert last_of(late=1, lookahead=0, curvature=2.0) > 5
+    assert last_of(late=1, lookahead=1, curvature=2.0) < 0.1
+    assert last_of(late=8, lookahead=0, curvature=0.2) > 1
+    assert last_of(late=8, lookahead=8, curvature=0.2) < 0.1
+
+
+@pytest.mark.parametrize("rule", [lambda k: Blend(Learner(Fixed(0.01), 1e-3), 1.0, bp_lambda=1.0), lambda k: Delayed()])
+def test_a_stage_sends_what_its_expected_weights_make_and_keeps_its_own(rule: GradientRule) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    stages = make_stages(layers(), rule, partial(torch.optim.Adam, lr=0.01), lookahead=5)  # type: ignore[arg-type]
+
+    def watch(stage: Stage) -> None:
+        lean = stage.descent.lean
+
+        def leant(late: int) -> None:
+            weights = next(stage.module.parameters())
+            before = weights.detach().clone()
+            lean(late)
+            seen.append((before, weights.detach().clone()))
+
+        stage.descent.lean = leant  # type: ignore[method-assign]
+
+    watch(stages[0])
+    line = Line(stages, delay=2)
+    line.feed(*(Activation(batch, x, y) for batch, (x, y) in enumerate(blobs(12), start=1)))
+    line.run()
+    assert [torch.equal(*pair) for pair in seen][:2] == [True, True]  # no gradient has come yet, so none was late
+    assert not any(torch.equal(*pair) for pair in seen[-3:])
+    standing = next(stages[0].module.parameters()).detach().clone()
+    stages[0].descent.stand()
+    assert torch.equal(next(stages[0].module.parameters()), standing)  # it stands behind every batch
+    assert all(stage.descent._upright == [] for stage in stages)
+    assert stages[-1].late == 0  # the last stage's gradient is never late
