@@ -19,7 +19,8 @@ from dnipipe import inputs, optim, predictors, split
 from dnipipe.config import Config, phases
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
-from dnipipe.gradient_rules import RULES, GradientRule, LossGradient
+from dnipipe.gradient_rules import RULES, GradientRule
+from dnipipe.last_stage import LossGradient
 from dnipipe.learner import Learner
 from dnipipe.lessons import Replay
 from dnipipe.metrics import StageMetrics

@@ -15,9 +15,9 @@ Both answer with a `Use`, or None: nothing to do; `now` also with a `Skip`: leav
         scale           as ever, with a part of ĝ  the predictor learns
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
     Blend, λ = 0        update with ĝ, send J^T ĝ  the predictor learns; v (g - ĝ) joins the next update
-    Blend, λ > 0        update with ĝ              the same; and send J^T ĝ + λ J^T (g - ĝ)
+    Blend, λ > 0        update with ĝ              the same; and send J^T (λ g + (1-λ) ĝ)
     Delayed, Wait                                  update with g, send J^T g
-    LossGradient        update with ∂loss/∂h, send it back: the last stage                nothing arrives
+    (last_stage.py      update with ∂loss/∂h, send it back                               nothing arrives)
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from dnipipe.config import Config
-from dnipipe.errors import ConfigError, NonFiniteLoss
+from dnipipe.errors import ConfigError
 from dnipipe.learner import Learner
-from dnipipe.predictors import VFBN, Loss, loss_terms
+from dnipipe.predictors import VFBN
 from dnipipe.trust import Trust
 
 LEAST = 0.01  # part of a prediction that is used at least: of nothing, no likeness could be measured
@@ -54,7 +54,9 @@ class Mend:
 
     off: Tensor  # g - ĝ at h, (B, D...)
     weight: float  # of it in the parameters' gradients
-    share: float  # λ: of it in what the stage before is sent, which has waited for this; 0: that was sent at once
+    answer: (
+        Tensor | None
+    )  # ḡ (B, D...), for the stage before, which has waited for J^T ḡ; None: it was answered at once
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ class Blend(Synthetic):
     It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
     The older, the less of it: what is mended late is mended while the stage has moved (docs/learning.md).
 
-    Args: correction, w; the others are Synthetic's.
+    Args: correction, w; stash, whether the difference is backpropagated, and ḡ, at the weights that the batch went
+    through with: then ḡ is the gradient of a single point, though long past; else it belongs to none. The others are
+    Synthetic's.
     """
 
     again = True
@@ -182,16 +186,19 @@ class Blend(Synthetic):
         warmup: int = 0,
         meanwhile: str = "wait",
         trust: float = -1.0,
+        stash: bool = False,
     ) -> None:
         super().__init__(learner, bp_lambda, warmup, meanwhile, trust)
         self.correction = correction
+        self.stash = 0.0 if stash else None
         self._asked = 0  # batches so far
         self._order: dict[int, int] = {}  # batch -> how many that were when it came
 
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
         rule = config.rule
-        return cls(learner(), rule.correction, rule.bp_lambda, rule.warmup, rule.warmup_rule, rule.trust)
+        trusting = rule.warmup, rule.warmup_rule, rule.trust
+        return cls(learner(), rule.correction, rule.bp_lambda, *trusting, rule.stash)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         self._asked += 1
@@ -205,7 +212,8 @@ class Blend(Synthetic):
         use = self.learnt(batch, h, y, g, predicted)
         if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        return Mend(g - predicted, self.correction * (1 + age) ** -0.5, self.bp_lambda)
+        answer = torch.lerp(predicted, g, self.bp_lambda) if self.bp_lambda else None
+        return Mend(g - predicted, self.correction * (1 + age) ** -0.5, answer)
 
 
 class Local(GradientRule):
@@ -265,46 +273,6 @@ class Wait(Delayed):
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Wait:
         return cls()
-
-
-class LossGradient(GradientRule):
-    """The last stage's: it knows the loss, so its gradient is the true one, at once.
-
-    Args:
-        loss: (output, labels) -> mean loss over the batch, 0-dim.
-        teaches: whether the rule of the stages before learns from gradients.
-        observe: told the loss of every batch (0-dim, detached) and its number of terms.
-        stop_on_nan: raise NonFiniteLoss, or else skip the batch.
-    """
-
-    def __init__(
-        self,
-        loss: Loss,
-        teaches: bool,
-        observe: Callable[[Tensor, int], None],
-        stop_on_nan: bool = True,
-    ) -> None:
-        self.loss = loss
-        self.teaches = teaches
-        self.observe = observe
-        self.stop_on_nan = stop_on_nan
-
-    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip:
-        h = h.detach().requires_grad_()
-        value = self.loss(h, y)
-        if not torch.isfinite(value):
-            if self.stop_on_nan:
-                raise NonFiniteLoss(
-                    f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
-                    "or go on without such batches with train.on_nan = skip"
-                )
-            return Skip("loss not finite")
-        (g,) = torch.autograd.grad(value, h)
-        self.observe(value.detach(), loss_terms(y))
-        return Use(g, update=True, send=True)
-
-    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
-        raise AssertionError("no stage follows the last")
 
 
 RULES: dict[str, type[Synthetic] | type[Local] | type[Delayed]] = {

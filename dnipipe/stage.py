@@ -53,7 +53,6 @@ class Pending:
     updated: bool  # the stage has already stepped on this batch
     skipped: bool  # and this one never will
     answered: bool  # the stage before already has its Gradient
-    begun: Tensor | None  # x.grad of what was applied at once, where the stage before has not been sent it yet
     updates: int  # how many updates the stage had made when it sent h
     stash: Stash | None  # the weights with which it went through, if the rule wants its gradient there
 
@@ -158,7 +157,6 @@ class Stage:
             updated=use is not None and use.update,
             skipped=skip is not None,
             answered=use is not None and use.send,
-            begun=None if done or (use and use.send) else x.grad,
             updates=updates,
             stash=stash,
         )
@@ -213,19 +211,21 @@ class Stage:
                 self.updates += self.descent.step(batch, late)
 
     def _mend(self, batch: int, pending: Pending, mend: Mend) -> Iterator[Message]:
-        """What was used at once was off: the rest joins the next update, and the answer, if that has waited for it."""
+        """What was used at once was off: the rest joins the next update. The stage before may have waited for this."""
         assert pending.x is not None
-        sends = self.index > 0 and not pending.answered
+        sends = self.index > 0 and mend.answer is not None
         x = pending.x.requires_grad_(sends)
         with self.metrics.clock.span("forward"):
-            h = self._forward_again(batch, x)
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        with self.metrics.clock.span("backward"):
-            found = torch.autograd.grad(h, [*parameters, x] if sends else parameters, mend.off, allow_unused=True)
+            h = self._forward_again(batch, x, pending.stash)
         if sends:
-            assert pending.begun is not None
-            yield Gradient(batch, torch.add(pending.begun, found[-1], alpha=mend.share))
-        self.descent.join(parameters, found[: len(parameters)], mend.weight)
+            with self.metrics.clock.span("backward"):
+                (back,) = torch.autograd.grad(h, x, mend.answer, retain_graph=True)
+            yield Gradient(batch, back)
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        at = pending.stash.weights if pending.stash else named
+        with self.metrics.clock.span("backward"):
+            found = torch.autograd.grad(h, [at[name] for name in named], mend.off, allow_unused=True)
+        self.descent.join(list(named.values()), found, mend.weight)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""

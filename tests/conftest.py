@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnipipe.gradient_rules import GradientRule, LossGradient
+from dnipipe.gradient_rules import GradientRule
+from dnipipe.last_stage import LossGradient
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Checkpoint, Evaluation, Input, Message
 from dnipipe.metrics import StageMetrics

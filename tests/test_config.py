@@ -67,7 +67,10 @@ def test_the_embedded_default_is_valid() -> None:
         (["--rule.forward_unlock", "--rule.name", "wait"], "use rule.name = synthetic or local"),
         (["--rule.forward_unlock", "--rule.name", "delayed"], "use rule.name = synthetic or local"),
         (["--rule.forward_unlock", "--rule.warmup", "9"], "rule.warmup_rule = wait with rule.forward_unlock = true"),
-        (["--rule.stash"], "rule.stash = true with rule.name = synthetic: only rule.name = delayed has a use"),
+        (
+            ["--rule.stash"],
+            "rule.stash = true with rule.name = synthetic: only rule.name = delayed and blend have",
+        ),
         (
             ["--rule.name", "delayed", "--rule.compensate", "0.1"],
             "rule.compensate = 0.1 without the weights it is computed from: set rule.stash = true",

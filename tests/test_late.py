@@ -15,7 +15,7 @@ from torch import Tensor
 from dnipipe import checkpoint
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
 from dnipipe.learner import Learner
-from dnipipe.messages import Activation
+from dnipipe.messages import Activation, Gradient
 from dnipipe.predictors import VFBN
 from dnipipe.split import Plan, part, plan
 from dnipipe.stage import Stage
@@ -112,6 +112,29 @@ def test_blend_with_true_gradients_mends_all_that_the_guess_has_missed(weight: f
             assert p.grad is not None and true.grad is not None
             assert not torch.allclose(at_once, true.grad, rtol=1e-3)
             torch.testing.assert_close(at_once + p.grad / weight, true.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stash", [False, True])
+def test_blend_mends_at_the_weights_of_now_or_with_a_stash_of_then(stash: bool) -> None:
+    torch.manual_seed(0)
+    middle = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+    modules = [nn.Linear(8, 4), middle, nn.Linear(5, 3)]
+    stages = make_stages(modules, lambda k: Blend(Learner(Fixed(0.5), 1e-3), 0.8, 0.25, stash=stash), SGD)
+    x, g, y = torch.randn(6, 4), torch.randn(6, 5), torch.tensor([0, 1, 2, 0, 1, 2])
+    then = copy.deepcopy(middle)
+    list(stages[1].handle(Activation(1, x, y)))
+    list(stages[1].handle(Activation(2, torch.randn(6, 4), y)))
+    at = then if stash else copy.deepcopy(middle)
+    assert not torch.allclose(middle[0].weight, then[0].weight)
+    (sent,) = stages[1].handle(Gradient(1, g))
+
+    x = x.requires_grad_()
+    (back,) = torch.autograd.grad(at(x), x, 0.25 * g + 0.75 * 0.5)
+    missed = torch.autograd.grad(at(x), list(at.parameters()), g - 0.5)
+    assert isinstance(sent, Gradient)
+    torch.testing.assert_close(sent.g, back)
+    for p, d in zip(middle.parameters(), missed, strict=True):
+        torch.testing.assert_close(p.grad, 0.8 * 2**-0.5 * d)  # one batch has come since
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])

@@ -22,6 +22,7 @@ MAY = {
     "trust": "",
     "learner": "lessons predictors",
     "gradient_rules": "config errors learner predictors trust",
+    "last_stage": "errors gradient_rules predictors",
     "phases": "gradient_rules",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
@@ -43,8 +44,8 @@ MAY = {
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
-    "building": "config data errors gradient_rules inputs learner lessons metrics optim phases predictors randomness "
-    "sometimes split stage unlocked window",
+    "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
+    "randomness sometimes split stage unlocked window",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage state transport worker",

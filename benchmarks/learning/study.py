@@ -35,14 +35,22 @@ class Rule:
 
 SYNTHETIC = ("--rule.name", "synthetic")
 DELAYED = ("--rule.name", "delayed")
+BLEND = ("--rule.name", "blend", "--predictor.hidden", "1")
+AHEAD = ("--rule.lookahead", "10", "--rule.stash", "true")
 RULES = {
     "sync": Rule((), late=False),  # one stage, one process: plain autograd
+    "sync-nadam": Rule(("--optimizer.name", "nadam"), late=False, tuned_as="sync"),  # lookahead helps backprop too
     "wait": Rule(("--rule.name", "wait"), late=False, tuned_as="sync"),  # exact backprop, bitwise
     "local": Rule(("--rule.name", "local"), late=False),
     "local-1": Rule(("--rule.name", "local", "--predictor.hidden", "1"), late=False),
     "delayed": Rule(DELAYED),
     "delayed-4": Rule((*DELAYED, "--rule.accumulate", "4")),
-    "blend": Rule(("--rule.name", "blend", "--predictor.hidden", "1")),
+    "delayed-ahead": Rule((*DELAYED, *AHEAD)),
+    "blend-0": Rule(BLEND),  # λ = 0: mended by the next stage's prediction
+    "blend": Rule(
+        (*BLEND, *AHEAD, "--rule.bp_lambda", "1", "--rule.correction", "0.5", "--predictor.matching", "0"),
+        tuned_as="sync",
+    ),
     "linear": Rule((*SYNTHETIC, "--predictor.name", "linear")),
     "mlp": Rule((*SYNTHETIC, "--predictor.name", "mlp")),
     "vfbn": Rule((*SYNTHETIC, "--predictor.name", "vfbn")),
@@ -186,8 +194,8 @@ def _words(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[st
     if TASKS[task].images and rule in IMAGES:
         kind, hidden = IMAGES[rule]
         words = (*SYNTHETIC, "--predictor.name", kind, "--predictor.hidden", hidden)
-    if rule == "sync":
-        return ("--pipeline.stages", "1", "--train.seed", str(seed))
+    if rule.startswith("sync"):
+        return (*words, "--pipeline.stages", "1", "--train.seed", str(seed))
     return (
         *words,
         *("--pipeline.stages", str(stages)),

@@ -55,7 +55,7 @@ class Rule:
     )
     then: str = setting("", "rules that follow and the batch that each begins with, e.g. 501:synthetic,1501:blend")
     bp_lambda: float = setting(
-        0.0, "BP(λ): 0 bootstrapped targets, 1 the true gradient travelling from the loss", low=0.0, high=1.0
+        0.0, "BP(λ): 0 bootstrapped gradients, 1 the true one travelling from the loss", low=0.0, high=1.0
     )
     warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
     warmup_rule: Literal["wait", "zero", "local", "scale"] = setting(
@@ -78,7 +78,8 @@ class Rule:
     )
     correction: float = setting(1.0, "blend: weight w of g - ĝ, which joins the next update", low=1e-3)
     stash: bool = setting(
-        False, "delayed: take the gradient at the weights that the batch went through with, a copy for each under way"
+        False,
+        "delayed, blend: take the gradient at the weights that the batch went through with, a copy for each under way",
     )
     compensate: float = setting(
         0.0, "delayed, with rule.stash: λ of the delay compensation g + λ g² (weights now - then) (0: none)", low=0.0

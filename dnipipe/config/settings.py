@@ -85,9 +85,10 @@ class Config:
                 f"rule.warmup = {rule.warmup} with rule.name = delayed: it predicts nothing that must warm up; "
                 "leave rule.warmup at 0, or use rule.name = blend"
             )
-        if rule.stash and "delayed" not in names:
+        if rule.stash and not names & {"delayed", "blend"}:
             raise ConfigError(
-                f"rule.stash = true with rule.name = {rule.name}: only rule.name = delayed has a use for old weights"
+                f"rule.stash = true with rule.name = {rule.name}: only rule.name = delayed and blend have a use for "
+                "old weights"
             )
         if rule.compensate and not rule.stash:
             raise ConfigError(

@@ -1,0 +1,58 @@
+"""The last stage's gradient: it has the loss in the place of a rule.
+
+h, y ──► loss(h, y) ──► ∂loss/∂h: applied and sent back at once; nothing arrives
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dnipipe.errors import NonFiniteLoss
+from dnipipe.gradient_rules import GradientRule, Skip, Use
+from dnipipe.predictors import Loss, loss_terms
+
+
+class LossGradient(GradientRule):
+    """The last stage's: it knows the loss, so its gradient is the true one, at once.
+
+    Args:
+        loss: (output, labels) -> mean loss over the batch, 0-dim.
+        teaches: whether the rule of the stages before learns from gradients.
+        observe: told the loss of every batch (0-dim, detached) and its number of terms.
+        stop_on_nan: raise NonFiniteLoss, or else skip the batch.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        teaches: bool,
+        observe: Callable[[Tensor, int], None],
+        stop_on_nan: bool = True,
+    ) -> None:
+        self.loss = loss
+        self.teaches = teaches
+        self.observe = observe
+        self.stop_on_nan = stop_on_nan
+
+    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip:
+        h = h.detach().requires_grad_()
+        value = self.loss(h, y)
+        if not torch.isfinite(value):
+            if self.stop_on_nan:
+                raise NonFiniteLoss(
+                    f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
+                    "or go on without such batches with train.on_nan = skip"
+                )
+            return Skip("loss not finite")
+        (g,) = torch.autograd.grad(value, h)
+        self.observe(value.detach(), loss_terms(y))
+        return Use(g, update=True, send=True)
+
+    def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
+        raise AssertionError("no stage follows the last")
+
+
+__all__ = ["LossGradient"]
