@@ -92,8 +92,8 @@ class Rule:
     )
     lookahead: int = setting(
         0,
-        "most updates by which a batch goes through a stage ahead of its weights, by the optimizer's momentum; as many "
-        "as its gradient will be late (0: none)",
+        "delayed, blend: most updates by which a batch goes through a stage ahead of its weights, by the optimizer's "
+        "momentum; as many as its gradient will be late (0: none)",
         low=0,
         high=1000,
     )

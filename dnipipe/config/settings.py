@@ -106,9 +106,9 @@ class Config:
                 f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
                 "make an update of fewer than it is averaged over; set one of the two to 1"
             )
-        if rule.lookahead and names <= {"local", "wait"}:
+        if rule.lookahead and not names & {"delayed", "blend"}:
             raise ConfigError(
-                f"rule.lookahead = {rule.lookahead} with rule.name = {rule.name}: it takes no gradient late; leave "
+                f"rule.lookahead = {rule.lookahead} with rule.name = {rule.name}: it applies no gradient late; leave "
                 "rule.lookahead at 0, or use rule.name = blend"
             )
         if rule.lookahead and self.optimizer.name == "sgd" and not self.optimizer.momentum:
