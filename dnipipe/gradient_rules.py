@@ -53,7 +53,7 @@ class Mend:
     """What was used at once, ĝ, is not what has come, g. The difference, backpropagated, joins the next update."""
 
     off: Tensor  # g - ĝ at h, (B, D...)
-    weight: float  # of it in the parameters' gradients
+    weight: float  # of it in the parameters' gradients, at the full learning rate (Descent.join)
     answer: (
         Tensor | None
     )  # ḡ (B, D...), for the stage before, which has waited for J^T ḡ; None: it was answered at once
@@ -169,7 +169,8 @@ class Blend(Synthetic):
     With λ = 1 what arrives comes all the way from the loss, the true gradient: then, at v = 1, a stage has, summed over
     a run, followed it, a part of it late. With λ = 0 it looks no further than the next stage's own prediction.
     It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
-    The older, the less of it: what is mended late is mended while the stage has moved (docs/learning.md).
+    The older, the less of it: what is mended late is mended while the stage has moved; and the more, the less it moves,
+    as the rate falls (docs/learning.md).
 
     Args: correction, w; stash, whether the difference is backpropagated, and ḡ, at the weights that the batch went
     through with: then ḡ is the gradient of a single point, though long past; else it belongs to none. The others are

@@ -80,6 +80,7 @@ class Descent:
     ) -> None:
         self.optimizer, self.schedule, self.clip = optimizer, schedule, clip
         self.accumulate, self.reschedule, self.lookahead = accumulate, reschedule, lookahead
+        self._followed, self._height = 0, 0.0  # the schedule up to this batch, and its largest factor
         self._moved: list[Tensor] = []  # by the last update, parameter by parameter; kept for lookahead only
         self._upright: list[Tensor] = []  # the weights, while the parameters lean
         self._base_lr = [group["lr"] for group in optimizer.param_groups]
@@ -138,13 +139,25 @@ class Descent:
                 parameter.copy_(weights)
             self._upright = []
 
-    def join(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float) -> None:
-        """Let these gradients, so much of each, take part in the next update."""
+    def join(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float, batch: int) -> None:
+        """Let gradients that come late, so much of each, take part in the next update, when `batch` was the last.
+
+        The weight is that at the schedule's height. With the rate falls how far a stage moves while a gradient is on
+        its way, and the weight rises to 1: (1 + f (1/weight² - 1))^-½, f the part of its height that the rate has.
+        """
+        part = (1.0 + self._fallen(batch) * (weight**-2 - 1.0)) ** -0.5
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(gradient, alpha=weight)
+                parameter.grad.add_(gradient, alpha=part)
+
+    def _fallen(self, batch: int) -> float:
+        """What is left of the largest factor that the schedule has had up to here; 1 while it rises."""
+        while self._followed < batch:
+            self._followed += 1
+            self._height = max(self._height, self.schedule(self._followed))
+        return self.schedule(batch) / self._height if self._height else 1.0
 
     def _slowed(self, batch: int, late: int) -> float:
         return float(late ** (batch / self.reschedule - 1.0)) if late > 1 and batch < self.reschedule else 1.0

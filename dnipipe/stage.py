@@ -225,7 +225,7 @@ class Stage:
         at = pending.stash.weights if pending.stash else named
         with self.metrics.clock.span("backward"):
             found = torch.autograd.grad(h, [at[name] for name in named], mend.off, allow_unused=True)
-        self.descent.join(list(named.values()), found, mend.weight)
+        self.descent.join(list(named.values()), found, mend.weight, self.last_batch)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""
