@@ -35,7 +35,7 @@ class Rule:
 
 SYNTHETIC = ("--rule.name", "synthetic")
 DELAYED = ("--rule.name", "delayed")
-BLEND = ("--rule.name", "blend", "--predictor.hidden", "1")
+BLEND = ("--rule.name", "blend")
 AHEAD = ("--rule.lookahead", "10", "--rule.stash", "true")
 RULES = {
     "sync": Rule((), late=False),  # one stage, one process: plain autograd
@@ -70,6 +70,7 @@ class Task:
     models: K -> settings of the model that is cut into so many stages, where it is another one.
     quick: settings of a run that only shows that everything works.
     images: its activations are images, which need other predictors.
+    head: settings of the head of `blend`.
     """
 
     config: str
@@ -79,6 +80,7 @@ class Task:
     quick: tuple[str, ...]
     models: dict[int, tuple[str, ...]] = field(default_factory=dict)
     images: bool = False
+    head: tuple[str, ...] = ("--predictor.hidden", "0")
 
 
 VALIDATION = ("--data.evaluate", "validation")
@@ -106,6 +108,7 @@ TASKS = {
         search=("--train.batches", "400"),  # the same held-out text reports: so a shorter run, of one seed, chooses
         quick=("--train.batches", "60", "--data.limit", "100000", "--eval.every", "20", "--model.width", "64"),
         models={8: ("--model.layers", "8")},
+        head=("--predictor.hidden", "1"),
     ),
 }
 
@@ -194,6 +197,8 @@ def _words(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[st
     if TASKS[task].images and rule in IMAGES:
         kind, hidden = IMAGES[rule]
         words = (*SYNTHETIC, "--predictor.name", kind, "--predictor.hidden", hidden)
+    if rule.startswith("blend"):
+        words = (*words, *TASKS[task].head)
     if rule.startswith("sync"):
         return (*words, "--pipeline.stages", "1", "--train.seed", str(seed))
     return (
