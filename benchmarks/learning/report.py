@@ -43,7 +43,8 @@ class LearningStudy(Learning):
                 entries = []
                 for stages in self.axes.stages:
                     mine = self._seeds(task, rule, stages, delay, records)
-                    sync = average(self._seeds(task, "sync", stages, 0, records), value)
+                    baseline = zip(self._seeds(task, "sync", stages, 0, records), mine, strict=True)
+                    sync = average([one for one, run in baseline if run is not None], value)  # of the same seeds
                     own = average(mine, value)
                     beside = "" if None in (own, sync) or rule == "sync" else _above(task, own or 0.0, sync or 1.0)
                     entries.append(entry(mine, value, digits, beside))

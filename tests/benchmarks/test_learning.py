@@ -65,6 +65,9 @@ def test_the_table_shows_means_what_diverged_and_what_is_missing(tmp_path: Path)
     assert f"| vfbn | 0 | {best} | – | 1.710 ± 0.010 (2) +6.9 %, diverged (1) | – |" in rows
     assert f"| local | any | {best} | – | diverged (3) | – |" in rows
     assert "| vfbn | 8 | – | – | – | – |" in rows
+    cell = study.cell("lm", "wait", 4, 0, 1, records)  # tuned as sync; of one seed, held against that seed's sync
+    records.add(cell, record(cell, 1.58 * 1.01))
+    assert f"| wait | any | {best} | – | 1.596 (1) +1.0 % | – |" in study.tables(records)["lm"].splitlines()
     names = [plot.name for plot in study.plots(records) if any(plot.panels.values())]
     assert names == ["lm-training", "lm-cosine", "lm-stages", "lm-delay"]
 
