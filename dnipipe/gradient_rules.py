@@ -54,9 +54,7 @@ class Mend:
 
     off: Tensor  # g - ĝ at h, (B, D...)
     weight: float  # of it in the parameters' gradients, at the full learning rate (Descent.join)
-    answer: (
-        Tensor | None
-    )  # ḡ (B, D...), for the stage before, which has waited for J^T ḡ; None: it was answered at once
+    answer: Tensor | None  # ḡ, like off: the stage before has waited for J^T ḡ; None: it was answered at once
 
 
 @dataclass(frozen=True)

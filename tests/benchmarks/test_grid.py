@@ -118,8 +118,11 @@ def command_lines() -> Iterator[str]:
 
 
 INTERRUPTED = """
+import signal
 import sys
 from pathlib import Path
+for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs begin with SIGINT ignored
+    signal.signal(number, signal.default_int_handler)
 from benchmarks.cells import Cell, Records
 from benchmarks.grid import Grid
 toml, out, text = sys.argv[1:]
@@ -134,10 +137,14 @@ def test_an_interrupt_leaves_no_process_and_no_record(tmp_path: Path, text: str)
     out = tmp_path / "out"
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "tiny.toml"), str(out), text]
     grid = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while len(list(out.glob("runs/*/metrics/stage-1.jsonl"))) != 2:
-        assert grid.poll() is None
-        time.sleep(0.1)
-    grid.send_signal(signal.SIGINT)
-    _, said = grid.communicate(timeout=20)
+    try:
+        while len(list(out.glob("runs/*/metrics/stage-1.jsonl"))) != 2:
+            assert grid.poll() is None
+            time.sleep(0.1)
+        grid.send_signal(signal.SIGINT)
+        _, said = grid.communicate(timeout=20)
+    finally:
+        grid.terminate()
+        grid.communicate(timeout=20)
     assert said.strip().endswith("KeyboardInterrupt") and not list(out.glob("*.jsonl"))
     assert not [line for line in command_lines() if str(out) in line]
