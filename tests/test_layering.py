@@ -33,7 +33,7 @@ MAY = {
     "split": "errors predictors",
     "models": "config errors",
     "data": "config errors",
-    "optim": "config",
+    "optim": "config errors",
     "window": "",
     "folders": "config errors",
     "checkpoint": "errors",

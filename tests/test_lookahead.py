@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from dnipipe.errors import ConfigError
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation
@@ -54,6 +56,13 @@ def test_it_leans_by_what_the_momentum_will_still_do_and_stands_again_bitwise(na
     descent.lean(2)
     step(3)  # from where it stands, whatever it leant to
     assert (net.weight - after).norm() < 2 * (after - before).norm()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, partial(torch.optim.Adam, betas=(0.0, 0.999))])
+def test_without_momentum_there_is_nothing_to_look_ahead_by(kind: Callable[..., torch.optim.Optimizer]) -> None:
+    """Also a user's own optimizer, which no setting tells of."""
+    with pytest.raises(ConfigError, match=r"rule\.lookahead = 3 .* has none here: .* leave rule\.lookahead at 0"):
+        Descent(kind(nn.Linear(2, 2).parameters(), lr=0.1), lookahead=3)
 
 
 def last_of(late: int, lookahead: int, curvature: float) -> float:

@@ -111,11 +111,6 @@ class Config:
                 f"rule.lookahead = {rule.lookahead} with rule.name = {rule.name}: it applies no gradient late; leave "
                 "rule.lookahead at 0, or use rule.name = blend"
             )
-        if rule.lookahead and self.optimizer.name == "sgd" and not self.optimizer.momentum:
-            raise ConfigError(
-                f"rule.lookahead = {rule.lookahead} looks ahead by the optimizer's momentum, and optimizer.momentum "
-                "= 0: set it, or use optimizer.name = adam"
-            )
         if rule.bp_lambda and names == {"delayed"}:
             raise ConfigError(
                 f"rule.bp_lambda = {rule.bp_lambda} with rule.name = delayed: it predicts nothing; leave "
