@@ -8,7 +8,7 @@ on Activation(id, x, y):                        on Gradient(id, g):
   2 yield Activation(id, h, y)   next stage starts  7 rule.arrived(h, y, g): the predictor learns; a rule that waited
   3 ĝ = rule.now(h, y)           None: this rule waits     returns the gradient to apply now (the forward is run again)
   4 h.backward(ĝ); yield Gradient(id, x.grad); optimizer.step()
-  5 pending[id] = data only, never a graph
+  5 pending[id] = data only, never a graph        8 a rule that used ĝ may mend: g − ĝ joins the next update
 
 `Stage.handle(message)` is a generator, and **a yield is a send**: what follows it runs while the neighbour already
 works. The caller must drain it, or the update is lost; the worker owns the only such loop.
@@ -176,7 +176,7 @@ class Stage:
         with self.metrics.clock.span("predictor"):
             use = rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
         if isinstance(use, Mend):
-            yield from self._mend(batch, pending, use)
+            yield from self._mend(batch, pending, use)  # 8
         elif use and (use.update or self.index > 0):
             assert pending.x is not None
             x = pending.x.requires_grad_(self.index > 0 and use.send)
