@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from benchmarks.cells import Cell, Record, Records
 
-TABLES = ("fcn", "cnn", "updates", "unlocked", "deep")
-LAYERS = {"fcn": (3, 4, 5, 6), "cnn": (3, 4), "updates": (4,), "unlocked": (4,), "deep": (21,)}
-SEEDS = {"fcn": (0, 1), "cnn": (0,), "updates": (0,), "unlocked": (0,), "deep": (0,)}
+TABLES = ("fcn", "cnn", "updates", "unlocked", "deep")  # the paper's
+LENGTH = "length"  # why a short run misses the paper's figures: the same with more iterations
+LAYERS = {"fcn": (3, 4, 5, 6), "cnn": (3, 4), "updates": (4,), "unlocked": (4,), "deep": (21,), LENGTH: (3,)}
+SEEDS = {"fcn": (0, 1), "cnn": (0,), "updates": (0,), "unlocked": (0,), "deep": (0,), LENGTH: (0,)}
 P_UPDATE = {"updates": ("1", "0.5", "0.2", "0.1", "0.05"), "unlocked": ("1", "0.5", "0.2")}
+TIMES = {LENGTH: (1, 3, 10)}
 OURS = "vfbn"  # what the paper does not have
 METHODS = {
     "fcn": ("no backprop", "backprop", "DNI", "cDNI", OURS),
@@ -21,7 +23,22 @@ METHODS = {
     "updates": ("DNI", "cDNI", OURS),
     "unlocked": ("DNI", "cDNI", OURS),
     "deep": ("no backprop", "backprop", "cDNI", OURS),
+    LENGTH: ("backprop", "DNI", "cDNI", OURS),
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: which net, and how it is trained.
+
+    Args:
+        p: rule.p_update, as it is written.
+        times: how often as many iterations as the protocol's.
+    """
+
+    layers: int
+    p: str = "1"
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -31,22 +48,24 @@ class Protocol:
     batches: int
     batch: int
     rate: str
-    drops: str
+    drops: tuple[int, ...]
 
-    @property
-    def words(self) -> tuple[str, ...]:
+    def words(self, times: int) -> tuple[str, ...]:
+        """Its settings, with so many times the iterations."""
+        batches = times * self.batches
+        drops = ",".join(str(times * drop) for drop in self.drops)
         return (
-            *("--train.batches", str(self.batches), "--data.batch", str(self.batch)),
+            *("--train.batches", str(batches), "--data.batch", str(self.batch)),
             *("--optimizer.lr", self.rate, "--predictor.lr", self.rate),
-            *("--optimizer.schedule", "steps", "--optimizer.drops", self.drops),
-            *("--eval.every", str(self.batches // 10)),
+            *("--optimizer.schedule", "steps", "--optimizer.drops", drops),
+            *("--eval.every", str(batches // 10)),
         )
 
 
-PAPER = Protocol(500_000, 256, "3e-5", "300000,400000")
+PAPER = Protocol(500_000, 256, "3e-5", (300_000, 400_000))
 PROTOCOLS = {
     "paper": {"fcn": PAPER, "cnn": PAPER},
-    "short": {"fcn": Protocol(800, 256, "1e-3", "480,640"), "cnn": Protocol(1000, 64, "1e-3", "600,800")},
+    "short": {"fcn": Protocol(800, 256, "1e-3", (480, 640)), "cnn": Protocol(1000, 64, "1e-3", (600, 800))},
 }
 FILTERS = {("mnist", "paper"): 64, ("cifar10", "paper"): 128, ("mnist", "short"): 16, ("cifar10", "short"): 16}
 UNITS = {"mnist": 256, "cifar10": 1000}  # of a hidden layer
@@ -67,29 +86,36 @@ class Paper:
         return [
             cell
             for table in self.names
-            for layers, p in self.rows(table)
+            for row in self.rows(table)
             for method in METHODS[table]
-            for cell in self.seeds(table, method, layers, p)
+            for cell in self.seeds(table, method, row)
         ]
 
-    def rows(self, table: str) -> Iterator[tuple[int, str]]:
-        """(layers, p_update) of each line of a table."""
+    def rows(self, table: str) -> Iterator[Row]:
+        """The lines of a table."""
         for layers in LAYERS[table]:
             for p in P_UPDATE.get(table, ("1",)):
-                yield layers, p
+                for times in TIMES.get(table, (1,)):
+                    yield Row(layers, p, times)
 
-    def found(self, table: str, method: str, layers: int, p: str, records: Records) -> list[Record | None]:
-        return [records.of(cell) for cell in self.seeds(table, method, layers, p)]
+    def iterations(self, row: Row) -> int:
+        """Of a fully connected net's training."""
+        return row.times * PROTOCOLS[self.protocol]["fcn"].batches
 
-    def seeds(self, table: str, method: str, layers: int, p: str) -> list[Cell]:
+    def found(self, table: str, method: str, row: Row, records: Records) -> list[Record | None]:
+        return [records.of(cell) for cell in self.seeds(table, method, row)]
+
+    def seeds(self, table: str, method: str, row: Row) -> list[Cell]:
         """One entry of a table: a run a seed."""
         net = "cnn" if table == "cnn" else "fcn"
-        labels = {"layers": layers, "method": method} | ({"p_update": p} if table in P_UPDATE else {})
+        labels: dict[str, object] = {"layers": row.layers, "method": method}
+        labels |= {"p_update": row.p} if table in P_UPDATE else {}
+        labels |= {"iterations": self.iterations(row)} if table in TIMES else {}
         unlocked = ("--rule.forward_unlock", "true") if table == "unlocked" else ()
         words = (
-            *("--data.name", self.data, *self._net(net, layers), *PROTOCOLS[self.protocol][net].words),
-            *("--pipeline.stages", str(1 if method == "backprop" else layers), *self._method(table, method)),
-            *(("--rule.p_update", p) if p != "1" else ()),
+            *("--data.name", self.data, *self._net(net, row.layers), *PROTOCOLS[self.protocol][net].words(row.times)),
+            *("--pipeline.stages", str(1 if method == "backprop" else row.layers), *self._method(table, method)),
+            *(("--rule.p_update", row.p) if row.p != "1" else ()),
             *unlocked,
         )
         return [

@@ -11,19 +11,19 @@ from benchmarks.cells import Cell, Records
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.published import TABLE, error
 from benchmarks.paper.report import PaperStudy
-from benchmarks.paper.study import LAYERS, PROTOCOLS, UNITS
+from benchmarks.paper.study import LAYERS, LENGTH, PROTOCOLS, TABLES, UNITS, Row
 from dnipipe import models
 from tests.benchmarks.conftest import record
 
 
 def cell_of(study: PaperStudy, table: str, method: str, layers: int, p: str = "1") -> Cell:
-    return study.seeds(table, method, layers, p)[0]
+    return study.seeds(table, method, Row(layers, p))[0]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("data", UNITS)
 def test_every_layer_of_every_cell_is_a_stage(protocol: str, data: str, tmp_path: Path) -> None:
-    for cell in PaperStudy(protocol=protocol, data=data).cells(Records(tmp_path)):
+    for cell in PaperStudy((*TABLES, LENGTH), protocol, data).cells(Records(tmp_path)):
         config = cell.loaded
         stages = 1 if cell.labels["method"] == "backprop" else cell.labels["layers"]
         assert config.pipeline.stages == stages and config.data.name == data
@@ -56,10 +56,18 @@ def test_tables_share_a_run_that_both_have() -> None:
     assert cell_of(study, "updates", "cDNI", 4).key == cell_of(study, "fcn", "cDNI", 4).key
 
 
+def test_a_longer_run_has_its_drops_later_and_the_first_is_the_papers_table() -> None:
+    study = PaperStudy()
+    runs = [study.seeds(LENGTH, "cDNI", row)[0] for row in study.rows(LENGTH)]
+    assert [run.loaded.train.batches for run in runs] == [800, 2400, 8000]
+    assert [run.loaded.optimizer.drops for run in runs] == [(480, 640), (1440, 1920), (4800, 6400)]
+    assert runs[0].key == cell_of(study, "fcn", "cDNI", 3).key
+
+
 def test_the_papers_figures_stand_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study, records = PaperStudy(), Records(tmp_path)
     for seed, accuracy in enumerate((0.98, 0.97)):
-        cell = study.seeds("fcn", "cDNI", 4, "1")[seed]
+        cell = study.seeds("fcn", "cDNI", Row(4))[seed]
         records.add(cell, record(cell, 0.1, accuracy=accuracy))
     assert main(["fcn", "--table", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
