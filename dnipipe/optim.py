@@ -82,7 +82,7 @@ class Descent:
         if lookahead and not any(map(momentum_of, optimizer.param_groups)):
             raise ConfigError(
                 f"rule.lookahead = {lookahead} looks ahead by the optimizer's momentum, and {type(optimizer).__name__} "
-                "has none here: give it some (optimizer.momentum, optimizer.beta1), or leave rule.lookahead at 0"
+                "has none here: give it some (optimizer.momentum, optimizer.beta1), or set rule.lookahead = 0"
             )
         self.optimizer, self.schedule, self.clip = optimizer, schedule, clip
         self.accumulate, self.reschedule, self.lookahead = accumulate, reschedule, lookahead

@@ -23,6 +23,21 @@ def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
     assert (config.pipeline.boundaries, config.output.quiet, config.data.root) == ((1, 2, 3), True, "x=y")
 
 
+@pytest.mark.parametrize("words", [["--rule.name", "blend"], ["--rule.then", "9:local, 20:blend"]])
+def test_a_rule_begins_with_its_own_settings_and_any_source_goes_over_them(words: list[str]) -> None:
+    begun = load(None, words)
+    assert (begun.rule.bp_lambda, begun.rule.correction, begun.rule.stash) == (1.0, 0.5, True)
+    assert (begun.rule.lookahead, begun.predictor.matching) == (10, 0.0)
+    own = load(None, [*words, "--rule.bp_lambda", "0", "--predictor.matching", "0.2"])
+    assert (own.rule.bp_lambda, own.predictor.matching, own.rule.lookahead) == (0.0, 0.2, 10)
+    assert load(None).rule.lookahead == 0 and build({"rule": {"name": "local"}}).predictor.matching == 0.1
+
+
+def test_settings_show_what_a_rule_begins_with() -> None:
+    shown = {name: help for name, _, _, help in describe()}
+    assert shown["rule.bp_lambda"].endswith("[with blend: 1.0]") and "with blend" not in shown["rule.accumulate"]
+
+
 def test_the_embedded_default_is_valid() -> None:
     assert load(None) == build(default())
 

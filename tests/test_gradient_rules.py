@@ -300,9 +300,10 @@ def test_a_rule_has_the_settings_it_was_given() -> None:
     rule = made(name="local", warmup=5)
     assert isinstance(rule, Local)
     assert rule.warmup == 5 and rule.learner.adam.param_groups[0]["lr"] == 0.07
-    rule = made(name="blend", correction=0.3, warmup=5, warmup_rule="zero")
+    rule = made(name="blend", correction=0.3, bp_lambda=0.4, stash=False, warmup=5, warmup_rule="zero")
     assert isinstance(rule, Blend) and rule.learner.adam.param_groups[0]["lr"] == 0.07
-    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.meanwhile) == (0.3, 0.0, 5, "zero")
+    assert (rule.correction, rule.bp_lambda, rule.warmup, rule.meanwhile) == (0.3, 0.4, 5, "zero")
+    assert rule.stash is None
     assert type(made(name="wait")) is Wait and type(made(name="delayed")) is Delayed
 
 

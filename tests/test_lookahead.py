@@ -61,7 +61,7 @@ def test_it_leans_by_what_the_momentum_will_still_do_and_stands_again_bitwise(na
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, partial(torch.optim.Adam, betas=(0.0, 0.999))])
 def test_without_momentum_there_is_nothing_to_look_ahead_by(kind: Callable[..., torch.optim.Optimizer]) -> None:
     """Also a user's own optimizer, which no setting tells of."""
-    with pytest.raises(ConfigError, match=r"rule\.lookahead = 3 .* has none here: .* leave rule\.lookahead at 0"):
+    with pytest.raises(ConfigError, match=r"rule\.lookahead = 3 .* has none here: .* set rule\.lookahead = 0"):
         Descent(kind(nn.Linear(2, 2).parameters(), lr=0.1), lookahead=3)
 
 

@@ -36,6 +36,10 @@ class Rule:
 SYNTHETIC = ("--rule.name", "synthetic")
 DELAYED = ("--rule.name", "delayed")
 BLEND = ("--rule.name", "blend")
+BARE = (
+    *("--rule.bp_lambda", "0", "--rule.correction", "1", "--rule.lookahead", "0", "--rule.stash", "false"),
+    *("--predictor.matching", "0.1"),
+)
 AHEAD = ("--rule.lookahead", "10", "--rule.stash", "true")
 RULES = {
     "sync": Rule((), late=False),  # one stage, one process: plain autograd
@@ -46,11 +50,8 @@ RULES = {
     "delayed": Rule(DELAYED),
     "delayed-4": Rule((*DELAYED, "--rule.accumulate", "4")),
     "delayed-ahead": Rule((*DELAYED, *AHEAD)),
-    "blend-0": Rule(BLEND),  # λ = 0: mended by the next stage's prediction
-    "blend": Rule(
-        (*BLEND, *AHEAD, "--rule.bp_lambda", "1", "--rule.correction", "0.5", "--predictor.matching", "0"),
-        tuned_as="sync",
-    ),
+    "blend-0": Rule((*BLEND, *BARE)),  # λ = 0: mended by the next stage's prediction
+    "blend": Rule(BLEND, tuned_as="sync"),
     "linear": Rule((*SYNTHETIC, "--predictor.name", "linear")),
     "mlp": Rule((*SYNTHETIC, "--predictor.name", "mlp")),
     "vfbn": Rule((*SYNTHETIC, "--predictor.name", "vfbn")),

@@ -99,6 +99,15 @@ class Rule:
     )
 
 
+# rule -> what a run that has it in rule.name or rule.then begins with, in the place of the defaults (docs/learning.md)
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "blend": {
+        "rule": {"bp_lambda": 1.0, "correction": 0.5, "lookahead": 10, "stash": True},
+        "predictor": {"matching": 0.0},
+    }
+}
+
+
 @dataclass(frozen=True)
 class Predictor:
     name: Literal["vfbn", "linear", "mlp", "conv"] = setting("vfbn", "which synthetic-gradient model")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from dnipipe.config.sections import (
+    PRESETS,
     Checkpoints,
     Data,
     Eval,
@@ -177,7 +178,11 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
         kind = hints(Config)[section.name]
         for item in fields(kind):
             hint = hints(kind)[item.name]
-            yield f"{section.name}.{item.name}", name_of(hint), item.default, item.metadata["help"]
+            name, help = f"{section.name}.{item.name}", item.metadata["help"]
+            for rule, preset in PRESETS.items():
+                value = preset.get(section.name, {}).get(item.name)
+                help += "" if value is None else f" [with {rule}: {str(value).lower()}]"
+            yield name, name_of(hint), item.default, help
 
 
 def replace(config: Config, **settings: Any) -> Config:

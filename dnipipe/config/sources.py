@@ -1,4 +1,7 @@
-"""Where settings come from: the default or a TOML file, `--section.key value` on top; all of them through `build`."""
+"""Where settings come from, the later over the earlier; all of them go through `build`.
+
+a setting's default ─► what its rule begins with (PRESETS) ─► a TOML file, or the embedded run ─► `--section.key value`
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
+from dnipipe.config.sections import PRESETS
 from dnipipe.config.settings import Config, describe
 from dnipipe.config.values import hints, nearest
 from dnipipe.errors import ConfigError
@@ -43,7 +47,7 @@ def build(values: Mapping[str, Any]) -> Config:
     """Nested plain values, as TOML gives them, into a checked Config."""
     sections = hints(Config)
     parts = {}
-    for section, table in values.items():
+    for section, table in _begun(values).items():
         if section not in sections:
             raise ConfigError(f"unknown section [{section}]{nearest(section, sections)}")
         if not isinstance(table, Mapping):
@@ -57,6 +61,18 @@ def build(values: Mapping[str, Any]) -> Config:
                 raise ConfigError(f"unknown setting {section}.{key}{nearest(f'{section}.{key}', _all_names())}")
         parts[section] = kind(**{key: _convert(kind, key, value) for key, value in table.items()})
     return Config(**parts)
+
+
+def _begun(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values on top of what the rules of the run begin with."""
+    rule = values.get("rule")
+    words = f"{rule.get('name')},{rule.get('then', '')}" if isinstance(rule, Mapping) else ""
+    begun = dict(values)
+    for name in {word.rpartition(":")[2].strip() for word in words.split(",")} & PRESETS.keys():
+        for section, preset in PRESETS[name].items():
+            table = values.get(section, {})
+            begun[section] = {**preset, **table} if isinstance(table, Mapping) else table
+    return begun
 
 
 def _convert(kind: type, key: str, value: Any) -> Any:
