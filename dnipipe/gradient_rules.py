@@ -15,7 +15,7 @@ Both answer with a `Use`, or None: nothing to do; `now` also with a `Skip`: leav
         scale           as ever, with a part of ĝ  the predictor learns
     Local               update with ĝ (its own loss' gradient); the predictor learns      nothing arrives
     Blend, λ = 0        update with ĝ, send J^T ĝ  the predictor learns; v (g - ĝ) joins the next update
-    Blend, λ > 0        update with ĝ              the same; and send J^T (λ g + (1-λ) ĝ)
+    Blend, λ > 0        update with ĝ              the same; and send J^T ĝ + λ J^T (g - ĝ)
     Delayed, Wait                                  update with g, send J^T g
     (last_stage.py      update with ∂loss/∂h, send it back                               nothing arrives)
 """
@@ -54,7 +54,7 @@ class Mend:
 
     off: Tensor  # g - ĝ at h, (B, D...)
     weight: float  # of it in the parameters' gradients, at the full learning rate (Descent.join)
-    answer: Tensor | None  # ḡ, like off: the stage before has waited for J^T ḡ; None: it was answered at once
+    bp_lambda: float  # λ: the stage before has waited for J^T ĝ + λ J^T off; 0: it was answered at once
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ class Blend(Synthetic):
     The older, the less of it: what is mended late is mended while the stage has moved; and the more, the less it moves,
     as the rate falls (docs/learning.md).
 
-    Args: correction, w; stash, whether the difference is backpropagated, and ḡ, at the weights that the batch went
-    through with: then ḡ is the gradient of a single point, though long past; else it belongs to none. The others are
-    Synthetic's.
+    Args: correction, w; stash, whether the difference is backpropagated at the weights that the batch went through
+    with, as ĝ was: then the stage before is sent the gradient of a single point, though long past; else of none. The
+    others are Synthetic's.
     """
 
     again = True
@@ -211,8 +211,7 @@ class Blend(Synthetic):
         use = self.learnt(batch, h, y, g, predicted)
         if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        answer = torch.lerp(predicted, g, self.bp_lambda) if self.bp_lambda else None
-        return Mend(g - predicted, self.correction * (1 + age) ** -0.5, answer)
+        return Mend(g - predicted, self.correction * (1 + age) ** -0.5, self.bp_lambda)
 
 
 class Local(GradientRule):

@@ -50,6 +50,7 @@ class Pending:
     h: Tensor  # the output (B, D...), detached
     y: Tensor
     predicted: Tensor | None  # ĝ, if the rule made one
+    back: Tensor | None  # J^T ĝ, like x, if the stage before is sent it with what will mend it
     updated: bool  # the stage has already stepped on this batch
     skipped: bool  # and this one never will
     answered: bool  # the stage before already has its Gradient
@@ -149,14 +150,16 @@ class Stage:
         elif use:
             yield from self._apply(batch, x, h, use)  # 4
         self.descent.stand()
+        answered = use is not None and use.send
         pending = Pending(
             x=None if done else x.detach(),
             h=out,
             y=y,
             predicted=use.g if use else None,
+            back=x.grad if rule.again and not answered else None,
             updated=use is not None and use.update,
             skipped=skip is not None,
-            answered=use is not None and use.send,
+            answered=answered,
             updates=updates,
             stash=stash,
         )
@@ -213,18 +216,19 @@ class Stage:
     def _mend(self, batch: int, pending: Pending, mend: Mend) -> Iterator[Message]:
         """What was used at once was off: the rest joins the next update. The stage before may have waited for this."""
         assert pending.x is not None
-        sends = self.index > 0 and mend.answer is not None
+        sends = self.index > 0 and mend.bp_lambda > 0
         x = pending.x.requires_grad_(sends)
         with self.metrics.clock.span("forward"):
             h = self._forward_again(batch, x, pending.stash)
-        if sends:
-            with self.metrics.clock.span("backward"):
-                (back,) = torch.autograd.grad(h, x, mend.answer, retain_graph=True)
-            yield Gradient(batch, back)
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         at = pending.stash.weights if pending.stash else named
+        inputs = [x] * sends + [at[name] for name in named]
         with self.metrics.clock.span("backward"):
-            found = torch.autograd.grad(h, [at[name] for name in named], mend.off, allow_unused=True)
+            found = list(torch.autograd.grad(h, inputs, mend.off, allow_unused=True))
+        if sends:
+            missed = found.pop(0)
+            assert pending.back is not None
+            yield Gradient(batch, pending.back if missed is None else pending.back + mend.bp_lambda * missed)
         self.descent.join(list(named.values()), found, mend.weight, self.last_batch)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:

@@ -129,10 +129,11 @@ def test_blend_mends_at_the_weights_of_now_or_with_a_stash_of_then(stash: bool) 
     (sent,) = stages[1].handle(Gradient(1, g))
 
     x = x.requires_grad_()
-    (back,) = torch.autograd.grad(at(x), x, 0.25 * g + 0.75 * 0.5)
+    (guessed,) = torch.autograd.grad(then(x), x, torch.full_like(g, 0.5))  # of ĝ, when it was applied
+    (back,) = torch.autograd.grad(at(x), x, g - 0.5)
     missed = torch.autograd.grad(at(x), list(at.parameters()), g - 0.5)
     assert isinstance(sent, Gradient)
-    torch.testing.assert_close(sent.g, back)
+    torch.testing.assert_close(sent.g, guessed + 0.25 * back)
     for p, d in zip(middle.parameters(), missed, strict=True):
         torch.testing.assert_close(p.grad, 0.8 * 2**-0.5 * d)  # one batch has come since
 
