@@ -37,7 +37,7 @@ class LearningStudy(Learning):
 
     def _table(self, task: str, records: Records) -> str:
         value, digits, _ = _figure(task)
-        rows = []
+        rows, missing = [], []
         for rule in self.axes.rules:
             for delay in self.delays(rule, self.axes.delays):
                 entries = []
@@ -48,9 +48,13 @@ class LearningStudy(Learning):
                     own = average(mine, value)
                     beside = "" if None in (own, sync) or rule == "sync" else _above(task, own or 0.0, sync or 1.0)
                     entries.append(entry(mine, value, digits, beside))
+                if set(entries) == {MISSING}:
+                    missing.append(f"{rule} at {delay}" if RULES[rule].late else rule)
+                    continue
                 shown = str(delay) if RULES[rule].late else "any"
                 rows.append([rule, shown, self.rate(task, rule, delay, records) or MISSING, *entries])
-        return markdown(["rule", "delay", "rate", *(f"K = {stages}" for stages in self.axes.stages)], rows)
+        head = ["rule", "delay", "rate", *(f"K = {stages}" for stages in self.axes.stages)]
+        return (markdown(head, rows) if rows else "") + (f"\nNot run: {', '.join(missing)}.\n" if missing else "")
 
     def _seeds(self, task: str, rule: str, stages: int, delay: int, records: Records) -> list[Record | None]:
         delay = delay if RULES[rule].late else 0
