@@ -53,7 +53,8 @@ class Mend:
     """What was used at once, ĝ, is not what has come, g. The difference, backpropagated, joins the next update."""
 
     off: Tensor  # g - ĝ at h, (B, D...)
-    weight: float  # of it in the parameters' gradients, at the full learning rate (Descent.join)
+    weight: float  # w, of it in the parameters' gradients, at the full learning rate and age 0 (Descent.join)
+    age: int  # batches that the stage has predicted for since
     bp_lambda: float  # λ: the stage before has waited for J^T ĝ + λ J^T off; 0: it was answered at once
 
 
@@ -162,7 +163,7 @@ class Synthetic(GradientRule):
 
 class Blend(Synthetic):
     """Synthetic, and its error mended when it is known: v (g - ĝ) is backpropagated, and what that gives joins the next
-    update; v = w / √(1 + age), age the batches that the stage has predicted for since.
+    update; v = w / √(1 + age) at the full rate, age the batches that the stage has predicted for since (Descent.join).
 
     With λ = 1 what arrives comes all the way from the loss, the true gradient: then, at v = 1, a stage has, summed over
     a run, followed it, a part of it late. With λ = 0 it looks no further than the next stage's own prediction.
@@ -211,7 +212,7 @@ class Blend(Synthetic):
         use = self.learnt(batch, h, y, g, predicted)
         if use or g is None or predicted is None:
             return use  # what was not used needs no mending
-        return Mend(g - predicted, self.correction * (1 + age) ** -0.5, self.bp_lambda)
+        return Mend(g - predicted, self.correction, age, self.bp_lambda)
 
 
 class Local(GradientRule):

@@ -145,13 +145,17 @@ class Descent:
                 parameter.copy_(weights)
             self._upright = []
 
-    def join(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float, batch: int) -> None:
-        """Let gradients that come late, so much of each, take part in the next update, when `batch` was the last.
+    def join(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float, age: int, batch: int
+    ) -> None:
+        """Let gradients that come `age` batches late, so much of each, join the next update, when `batch` was the last.
 
-        The weight is that at the schedule's height. With the rate falls how far a stage moves while a gradient is on
-        its way, and the weight rises to 1: (1 + f (1/weight² - 1))^-½, f the part of its height that the rate has.
+        At the schedule's height that is w / √(1 + age). How far a stage moves in one batch falls with the rate, and how
+        far while the gradient is on its way as much; with f, the part of its height that the rate has, it rises to 1 as
+        (1 + f (1/w² - 1) + f² age/w²)^-½.
         """
-        part = (1.0 + self._fallen(batch) * (weight**-2 - 1.0)) ** -0.5
+        fallen = self._fallen(batch)
+        part = (1.0 + fallen * (weight**-2 - 1.0) + fallen**2 * age * weight**-2) ** -0.5
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 if parameter.grad is None:

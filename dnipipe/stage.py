@@ -229,7 +229,7 @@ class Stage:
             missed = found.pop(0)
             assert pending.back is not None
             yield Gradient(batch, pending.back if missed is None else pending.back + mend.bp_lambda * missed)
-        self.descent.join(list(named.values()), found, mend.weight, self.last_batch)
+        self.descent.join(list(named.values()), found, mend.weight, mend.age, self.last_batch)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""

@@ -64,12 +64,11 @@ GUESS = torch.full_like(H, 0.25)
 
 
 def same(found: Use | Mend | None, expected: tuple[Any, ...] | None) -> bool:
-    """Bitwise; a Use as (gradient, update, send), a Mend as (what was missed, weight, λ)."""
+    """Bitwise; a Use as (gradient, update, send), a Mend as (what was missed, weight, age, λ)."""
     if found is None or expected is None:
         return found is None and expected is None
-    parts = (
-        (found.g, found.update, found.send) if isinstance(found, Use) else (found.off, found.weight, found.bp_lambda)
-    )
+    use = isinstance(found, Use)
+    parts = (found.g, found.update, found.send) if use else (found.off, found.weight, found.age, found.bp_lambda)
     return all(
         torch.equal(part, wanted) if isinstance(part, Tensor) else part is wanted or part == wanted
         for part, wanted in zip(parts, expected, strict=True)
@@ -157,12 +156,12 @@ def test_synthetic(
 @pytest.mark.parametrize(
     ("settings", "batch", "now", "arrived"),
     [
-        ({}, 1, (GUESS, True, True), (G - GUESS, 0.5, 0.0)),
-        ({"bp_lambda": 0.25}, 1, (GUESS, True, False), (G - GUESS, 0.5, 0.25)),
+        ({}, 1, (GUESS, True, True), (G - GUESS, 0.5, 0, 0.0)),
+        ({"bp_lambda": 0.25}, 1, (GUESS, True, False), (G - GUESS, 0.5, 0, 0.25)),
         # in its warm-up; the last batch of it, and the first behind it
         ({"warmup": 3, "meanwhile": "wait"}, 3, UNTRUSTED, (G, True, True)),
         ({"warmup": 3, "meanwhile": "zero"}, 3, UNTRUSTED, (G, False, True)),
-        ({"warmup": 3}, 4, (GUESS, True, True), (G - GUESS, 0.5, 0.0)),
+        ({"warmup": 3}, 4, (GUESS, True, True), (G - GUESS, 0.5, 0, 0.0)),
     ],
     ids=["0", "quarter", "warm-up-wait", "warm-up-zero", "behind-warm-up"],
 )
@@ -178,12 +177,12 @@ def test_blend(settings: dict[str, Any], batch: int, now: tuple[Tensor, bool, bo
     assert rule.teaches and rule.again
 
 
-def test_blend_takes_the_less_of_a_correction_the_older_it_is() -> None:
+def test_blend_tells_how_old_a_correction_is() -> None:
     rule = Blend(Learner(Constant(), 0.1), 0.5)
     for batch in (1, 2, 3, 4):
         rule.now(batch, H, Y)
     for batch, age in ((1, 3), (3, 1), (4, 0)):
-        assert same(rule.arrived(batch, H, Y, G, GUESS), (G - GUESS, 0.5 * (1 + age) ** -0.5, 0.0))
+        assert same(rule.arrived(batch, H, Y, G, GUESS), (G - GUESS, 0.5, age, 0.0))
 
 
 @pytest.mark.parametrize("settings", [{}, {"bp_lambda": 0.5}, {"warmup": 3}])

@@ -169,19 +169,21 @@ def test_the_optimizer_is_the_one_that_was_asked_for(
     assert not torch.equal(ours, torch.tensor([1.0, -2.0, 3.0]))
 
 
-def test_what_comes_late_joins_with_the_more_weight_the_lower_the_rate_has_fallen() -> None:
-    """The weight is that at the schedule's height; while it still rises too, for a first batch is no time to hurry."""
+@pytest.mark.parametrize("age", [0, 3])
+def test_what_comes_late_joins_with_the_more_weight_the_lower_the_rate_has_fallen(age: int) -> None:
+    """It is least at the schedule's height; while that still rises too, for a first batch is no time to hurry."""
     parameter = nn.Parameter(torch.zeros(2))
     factors = [0.0, 0.25, 0.5, 1.0, 1.0, 0.5, 0.0]  # of batches 0 to 6
     taken = []
     for batch in (1, 2, 3, 4, 5, 6):
         descent = optim.Descent(torch.optim.SGD([parameter], lr=0.1), schedule=factors.__getitem__)
         parameter.grad = None
-        descent.join([parameter], [torch.tensor([1.0, 2.0])], 0.25, batch)
+        descent.join([parameter], [torch.tensor([1.0, 2.0])], 0.25, age, batch)
         assert parameter.grad is not None
         taken.append(parameter.grad.clone())
-    weights = [0.25, 0.25, 0.25, 0.25, (1 + 0.5 * 15) ** -0.5, 1.0]
+    least = {0: 0.25, 3: 0.125}[age]
+    weights = [*[least] * 4, {0: (1 + 0.5 * 15) ** -0.5, 3: (1 + 0.5 * 15 + 0.25 * 48) ** -0.5}[age], 1.0]
     for grad, weight in zip(taken, weights, strict=True):
         torch.testing.assert_close(grad, weight * torch.tensor([1.0, 2.0]))
-    descent.join([parameter], [torch.tensor([1.0, 2.0])], 0.25, 6)
+    descent.join([parameter], [torch.tensor([1.0, 2.0])], 0.25, age, 6)
     torch.testing.assert_close(parameter.grad, torch.tensor([2.0, 4.0]))  # beside what is there already
