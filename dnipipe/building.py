@@ -116,7 +116,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
             settings.optimizer.clip,
             settings.rule.accumulate,
             settings.rule.reschedule,
-            settings.rule.lookahead,
+            0 if index == plan.stages - 1 else settings.rule.lookahead,  # nothing is late in the last
         ),
         measured,
         loss=job.loss,

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dnipipe.config import Config
-from dnipipe.errors import ConfigError
 
 OptimizerFactory = Callable[[Iterable[Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[int], float]  # batch id, from 1 -> factor on the learning rate
@@ -67,7 +66,7 @@ class Descent:
             gathered wait for the next such id.)
         reschedule: S, batches over which an update that comes τ updates late has its rate multiplied by τ^-(1 - id/S):
             lr/τ at the start, lr from batch S on (PipeMare, arXiv:1910.05124, T1).
-        lookahead: most updates by which `lean` moves ahead. Raises ConfigError if there is no momentum to go by.
+        lookahead: most updates by which `lean` moves ahead. Without momentum there is nothing to go by, and it is 0.
     """
 
     def __init__(
@@ -79,13 +78,9 @@ class Descent:
         reschedule: int = 0,
         lookahead: int = 0,
     ) -> None:
-        if lookahead and not any(map(momentum_of, optimizer.param_groups)):
-            raise ConfigError(
-                f"rule.lookahead = {lookahead} looks ahead by the optimizer's momentum, and {type(optimizer).__name__} "
-                "has none here: give it some (optimizer.momentum, optimizer.beta1), or set rule.lookahead = 0"
-            )
         self.optimizer, self.schedule, self.clip = optimizer, schedule, clip
-        self.accumulate, self.reschedule, self.lookahead = accumulate, reschedule, lookahead
+        self.accumulate, self.reschedule = accumulate, reschedule
+        self.lookahead = lookahead if any(map(momentum_of, optimizer.param_groups)) else 0
         self._followed, self._height = 0, 0.0  # the schedule up to this batch, and its largest factor
         self._moved: list[Tensor] = []  # by the last update, parameter by parameter; kept for lookahead only
         self._upright: list[Tensor] = []  # the weights, while the parameters lean

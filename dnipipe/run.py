@@ -55,7 +55,7 @@ class Run:
         *,
         loss: Loss,
         optimizer: OptimizerFactory,
-        rule: str = "synthetic",
+        rule: str = "blend",
         schedule: Callable[[int], float] | None = None,
         **settings: dict[str, Any],
     ) -> None:

@@ -39,7 +39,7 @@ def test_a_settings_value_is_not_taken_for_the_file(arguments: str, words: str, 
 
 
 def test_check_shows_what_guesses_a_stages_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", *words(pipeline__boundaries="2,3,4", rule__forward_unlock=True)]) == 0
+    assert cli.main(["check", *words(pipeline__boundaries="2,3,4", rule__name="local", rule__forward_unlock=True)]) == 0
     edges = [line for line in capsys.readouterr().out.splitlines() if line.startswith("edge")]
     model = (256 + 16) * 16 + (16 * 64 + 64) + 2 * 64 + (64 * 16 + 16)  # tokens, positions; hidden; norm; output
     for k, line in enumerate(edges, start=1):

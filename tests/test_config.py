@@ -10,6 +10,7 @@ from dnipipe.config import Config, build, default, describe, flat, load, replace
 from dnipipe.errors import CheckpointError, ConfigError
 from dnipipe.folders import check_unused, new_run, newest_run, write_config
 
+UNLOCKED = ["--rule.name", "synthetic", "--rule.forward_unlock"]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -30,7 +31,19 @@ def test_a_rule_begins_with_its_own_settings_and_any_source_goes_over_them(words
     assert (begun.rule.lookahead, begun.predictor.matching) == (10, 0.0)
     own = load(None, [*words, "--rule.bp_lambda", "0", "--predictor.matching", "0.2"])
     assert (own.rule.bp_lambda, own.predictor.matching, own.rule.lookahead) == (0.0, 0.2, 10)
-    assert load(None).rule.lookahead == 0 and build({"rule": {"name": "local"}}).predictor.matching == 0.1
+    plain = build({"rule": {"name": "local"}})
+    assert plain.rule.lookahead == 0 and plain.predictor.matching == 0.1 and load(None).rule.stash
+
+
+def test_a_run_that_changes_its_rule_leaves_behind_what_the_old_one_began_with(tmp_path: Path) -> None:
+    """As a resumed run does: its config.toml says every setting."""
+    run = write_config(tmp_path, load(None, ["--rule.name", "blend", "--rule.correction", "0.7"]))
+    local = load(run, ["--rule.name", "local"])
+    assert (local.rule.stash, local.rule.lookahead, local.rule.bp_lambda) == (False, 0, 0.0)
+    assert local.rule.correction == 0.7 and local.predictor.matching == 0.1
+    again = load(write_config(tmp_path, local), ["--rule.name", "blend"])
+    assert (again.rule.stash, again.rule.lookahead, again.predictor.matching) == (True, 10, 0.0)
+    assert load(run, ["--train.seed", "1"]).rule.correction == 0.7
 
 
 def test_settings_show_what_a_rule_begins_with() -> None:
@@ -80,9 +93,9 @@ def test_the_embedded_default_is_valid() -> None:
         ),
         (["--rule.forward_unlock", "--rule.name", "wait"], "use rule.name = synthetic or local"),
         (["--rule.forward_unlock", "--rule.name", "delayed"], "use rule.name = synthetic or local"),
-        (["--rule.forward_unlock", "--rule.warmup", "9"], "rule.warmup_rule = wait with rule.forward_unlock = true"),
+        ([*UNLOCKED, "--rule.warmup", "9"], "rule.warmup_rule = wait with rule.forward_unlock = true"),
         (
-            ["--rule.stash"],
+            ["--rule.stash", "--rule.name", "synthetic"],
             "rule.stash = true with rule.name = synthetic: only rule.name = delayed and blend have",
         ),
         (
@@ -93,7 +106,7 @@ def test_the_embedded_default_is_valid() -> None:
             ["--rule.warmup_rule", "local", "--predictor.name", "linear"],
             "rule.warmup_rule = local with predictor.name = linear: it has no loss of its own; use predictor.name = ",
         ),
-        (["--rule.forward_unlock", "--rule.trust", "0"], "would be applied; use rule.warmup_rule = zero"),
+        ([*UNLOCKED, "--rule.trust", "0"], "would be applied; use rule.warmup_rule = zero"),
         (
             ["--rule.forward_unlock", "--pipeline.stages", "1"],
             "pipeline.stages = 1 with rule.forward_unlock = true: there is no input to guess",

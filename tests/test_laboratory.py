@@ -74,7 +74,7 @@ def test_a_run_repeats_bitwise(tmp_path: Path, delay: int) -> None:
 def test_a_gradient_is_late_by_there_and_back(tmp_path: Path, delay: int) -> None:
     """After the updates of its own batch and of those drawn until it came: 2·delay. The last batches lack followers."""
     log = tmp_path / "run" / "metrics" / "stage-{}.jsonl"
-    train(tmp_path / "run", transport__delay=delay, output__every=1000)
+    train(tmp_path / "run", rule__name="synthetic", transport__delay=delay, output__every=1000)
     for k in range(3):
         (line,) = map(json.loads, Path(str(log).format(k)).read_text().splitlines())
         missing = sum(range(1, 2 * delay))  # updates that batches 50, 49, … would have seen, had there been more
@@ -119,7 +119,7 @@ def saved(run: Path, what: str) -> dict[str, Tensor]:
 def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_path: Path) -> None:
     """synthetic ─► delayed, which has no use for the predictors ─► synthetic, which goes on with them"""
     run, resume = tmp_path / "run", ["--resume", str(tmp_path / "run")]
-    train(run, train__batches=20)
+    train(run, train__batches=20, rule__name="synthetic")
     before = saved(run, "predictor")
     train(run, *resume, train__batches=30, rule__name="delayed")
     assert before and same(saved(run, "predictor"), before)

@@ -99,7 +99,7 @@ def test_a_schedule_is_what_a_resume_with_another_rule_is(tmp_path: Path) -> Non
 
 
 def test_the_phases_of_a_configuration() -> None:
-    assert phases(build({}).rule) == [(1, "synthetic")]
+    assert phases(build({}).rule) == [(1, "blend")]
     config = build({"rule": {"name": "local", "then": "501:synthetic, 900:wait"}})
     assert phases(config.rule) == [(1, "local"), (501, "synthetic"), (900, "wait")]
 

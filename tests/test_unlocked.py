@@ -289,7 +289,8 @@ def test_a_run_in_the_laboratory_repeats_bitwise_and_goes_on_bitwise(tmp_path: P
 @pytest.mark.timeout(180)
 def test_a_run_over_processes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    status, _, err = test_processes.train(run, rule__forward_unlock=True, eval__every=20, rule__p_update=0.7)
+    unlocked = {"rule__name": "synthetic", "rule__forward_unlock": True, "rule__p_update": 0.7}
+    status, _, err = test_processes.train(run, eval__every=20, **unlocked)
     assert status == 0, err
     told = json.loads((run / "summary.json").read_text())
     assert [stage["batches"] for stage in told["stage"]] == [50] * 4

@@ -53,7 +53,7 @@ class Pipeline:
 @dataclass(frozen=True)
 class Rule:
     name: Literal["synthetic", "blend", "local", "delayed", "wait"] = setting(
-        "synthetic", "where a stage's gradient comes from"
+        "blend", "where a stage's gradient comes from"
     )
     then: str = setting("", "rules that follow and the batch that each begins with, e.g. 501:synthetic,1501:blend")
     bp_lambda: float = setting(
@@ -93,7 +93,7 @@ class Rule:
     lookahead: int = setting(
         0,
         "delayed, blend: most updates by which a batch goes through a stage ahead of its weights, by the optimizer's "
-        "momentum; as many as its gradient will be late (0: none)",
+        "momentum, if it has any; as many as its gradient will be late (0: none)",
         low=0,
         high=1000,
     )

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-from dnipipe.config.sections import PRESETS
+from dnipipe.config.sections import PRESETS, Rule
 from dnipipe.config.settings import Config, describe
 from dnipipe.config.values import hints, nearest
 from dnipipe.errors import ConfigError
@@ -25,7 +25,9 @@ else:
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """A TOML file (or none: the embedded default), then `--section.key value` from the command line on top."""
     values = default() if path is None else _read(Path(path))
-    for name, text in _pairs(overrides):
+    given = list(_pairs(overrides))
+    _change_rule(values, dict(given).get("rule.name"))
+    for name, text in given:
         section, _, key = name.partition(".")
         if isinstance(values.setdefault(section, {}), dict):
             values[section][key] = _parse(name, text)
@@ -63,10 +65,28 @@ def build(values: Mapping[str, Any]) -> Config:
     return Config(**parts)
 
 
+def _change_rule(values: Mapping[str, Any], new: str | None) -> None:
+    """The command line names another rule: what the file says only because the old one begins so goes with that.
+
+    A run's own config.toml says everything, and is what a run is resumed from with another rule.
+    """
+    rule = values.get("rule", {})
+    old: Any = rule.get("name", Rule.name) if isinstance(rule, Mapping) else None
+    if new is None or old is None or new == old:
+        return
+    own: dict[str, dict[str, Any]] = PRESETS.get(old, {})
+    for section, preset in (*own.items(), *PRESETS.get(new, {}).items()):
+        table, kind = values.get(section), hints(Config)[section]
+        for key in preset:
+            begun = own.get(section, {}).get(key, getattr(kind, key))
+            if isinstance(table, dict) and table.get(key) == begun:
+                del table[key]
+
+
 def _begun(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values on top of what the rules of the run begin with."""
-    rule = values.get("rule")
-    words = f"{rule.get('name')},{rule.get('then', '')}" if isinstance(rule, Mapping) else ""
+    rule = values.get("rule", {})
+    words = f"{rule.get('name', Rule.name)},{rule.get('then', '')}" if isinstance(rule, Mapping) else ""
     begun = dict(values)
     for name in {word.rpartition(":")[2].strip() for word in words.split(",")} & PRESETS.keys():
         for section, preset in PRESETS[name].items():

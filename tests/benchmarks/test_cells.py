@@ -14,10 +14,10 @@ from tests.benchmarks.conftest import record, tiny
 
 def test_a_record_belongs_to_the_settings_however_they_are_given(tmp_path: Path) -> None:
     records = Records(tmp_path / "out")
-    cell = tiny(tmp_path, "--rule.name", "synthetic", name="a")
+    cell = tiny(tmp_path, "--rule.name", "blend", name="a")
     records.add(cell, record(cell, 2.0))
     again = Records(tmp_path / "out")
-    found = again.of(tiny(tmp_path, name="b"))  # synthetic is the default
+    found = again.of(tiny(tmp_path, name="b"))  # blend is the default
     assert found is not None and found.loss == 2.0
     assert again.of(tiny(tmp_path, "--optimizer.lr", "0.5")) is None
     assert again.of(tiny(tmp_path, "--data.root", "elsewhere")) is not None  # a path decides nothing

@@ -100,6 +100,7 @@ def test_a_plan_for_it(pictures: Path, model: str, capsys: pytest.CaptureFixture
                 "--data.validation=0.1",
                 "--model.width=8",
                 "--pipeline.stages=3",
+                "--rule.name=synthetic",
                 "--rule.forward_unlock",
             ]
         )
