@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.cells import Records
 from benchmarks.paper.published import CLAIMS, error
-from benchmarks.paper.study import LENGTH, METHODS, P_UPDATE, TABLES, TIMES, Paper, Row
+from benchmarks.paper.study import LONGER, METHODS, P_UPDATE, TABLES, TIMES, Paper, Row
 from benchmarks.plots import Line, Plot
 from benchmarks.tables import average, entry, markdown
 
@@ -16,9 +16,10 @@ TITLES = {
     "updates": "Each stage updates with probability p only, 4 layers, fully connected: test error, %",
     "unlocked": "Also unlocked forwards, with synthetic inputs, 4 layers, fully connected: test error, %",
     "deep": "21 layers, fully connected: test error, %",
-    LENGTH: "Longer, 3 layers, fully connected: test error, %",
+    "length": "Longer, 3 layers, fully connected: test error, %",
+    "length-6": "Longer, 6 layers, fully connected: test error, %",
 }
-ALL = (*TABLES, LENGTH)
+ALL = (*TABLES, *LONGER)
 
 
 @dataclass(frozen=True)

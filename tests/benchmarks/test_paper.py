@@ -11,7 +11,7 @@ from benchmarks.cells import Cell, Records
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.published import TABLE, error
 from benchmarks.paper.report import PaperStudy
-from benchmarks.paper.study import LAYERS, LENGTH, PROTOCOLS, TABLES, UNITS, Row
+from benchmarks.paper.study import LAYERS, LONGER, PROTOCOLS, TABLES, UNITS, Row
 from dnipipe import models
 from tests.benchmarks.conftest import record
 
@@ -23,7 +23,7 @@ def cell_of(study: PaperStudy, table: str, method: str, layers: int, p: str = "1
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("data", UNITS)
 def test_every_layer_of_every_cell_is_a_stage(protocol: str, data: str, tmp_path: Path) -> None:
-    for cell in PaperStudy((*TABLES, LENGTH), protocol, data).cells(Records(tmp_path)):
+    for cell in PaperStudy((*TABLES, *LONGER), protocol, data).cells(Records(tmp_path)):
         config = cell.loaded
         stages = 1 if cell.labels["method"] == "backprop" else cell.labels["layers"]
         assert config.pipeline.stages == stages and config.data.name == data
@@ -58,7 +58,7 @@ def test_tables_share_a_run_that_both_have() -> None:
 
 def test_a_longer_run_has_its_drops_later_and_the_first_is_the_papers_table() -> None:
     study = PaperStudy()
-    runs = [study.seeds(LENGTH, "cDNI", row)[0] for row in study.rows(LENGTH)]
+    runs = [study.seeds("length", "cDNI", row)[0] for row in study.rows("length")]
     assert [run.loaded.train.batches for run in runs] == [800, 2400, 8000]
     assert [run.loaded.optimizer.drops for run in runs] == [(480, 640), (1440, 1920), (4800, 6400)]
     assert runs[0].key == cell_of(study, "fcn", "cDNI", 3).key
