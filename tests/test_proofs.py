@@ -40,7 +40,7 @@ def test_the_default_run_is_clearly_better_than_a_bigram_model(tmp_path: Path) -
 
 
 @MNIST
-@pytest.mark.parametrize("rule", ["synthetic", "wait"])
+@pytest.mark.parametrize("rule", ["blend", "synthetic", "wait"])
 def test_mnist_in_four_stages_has_a_test_error_of_at_most_1_9_percent(tmp_path: Path, rule: str) -> None:
     where = f"--data.root={os.environ['DNIPIPE_MNIST']}"
     found = trained(tmp_path / "run", str(ROOT / "examples" / "mnist.toml"), where, f"--rule.name={rule}")
@@ -49,7 +49,7 @@ def test_mnist_in_four_stages_has_a_test_error_of_at_most_1_9_percent(tmp_path: 
 
 @MNIST
 def test_frozen_lower_stages_are_far_worse(tmp_path: Path) -> None:
-    """So the two above are not the last stage's doing."""
+    """So those above are not the last stage's doing."""
     where = f"--data.root={os.environ['DNIPIPE_MNIST']}"
     frozen = ("--rule.warmup=1000000", "--rule.warmup_rule=zero")
     found = trained(tmp_path / "run", str(ROOT / "examples" / "mnist.toml"), where, *frozen)
