@@ -178,7 +178,7 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     if settings.transport.kind == "local":
         hops = 2 * (plan.stages - 1 - index)  # to the loss and back, so that nothing holds stage 0 up
         return Window(hops * settings.transport.delay + 2)
-    kept = 3 * torch.Size(plan.edge(index).h).numel()  # x, h and ĝ, about
+    kept = 4 * torch.Size(plan.edge(index).h).numel()  # x, h, ĝ and J^T ĝ, about
     if settings.rule.stash:
         kept += sum(plan.parameters[layer] for layer in plan.layers_of(index))
     return Window(None, limit=min(256, settings.pipeline.memory * 2**20 // max(1, 4 * kept)))

@@ -46,6 +46,14 @@ def test_a_run_that_changes_its_rule_leaves_behind_what_the_old_one_began_with(t
     assert load(run, ["--train.seed", "1"]).rule.correction == 0.7
 
 
+def test_a_rule_that_is_no_name_is_refused_whoever_goes_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[rule]\nname = ["blend"]\n')
+    with pytest.raises(ConfigError, match=r"rule\.name = \['blend'\]: expected synthetic"):
+        load(path)
+    assert load(path, ["--rule.name", "local"]).rule.name == "local"
+
+
 def test_settings_show_what_a_rule_begins_with() -> None:
     shown = {name: help for name, _, _, help in describe()}
     assert shown["rule.bp_lambda"].endswith("[with blend: 1.0]") and "with blend" not in shown["rule.accumulate"]

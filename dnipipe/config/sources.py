@@ -71,7 +71,7 @@ def _change_rule(values: Mapping[str, Any], new: str | None) -> None:
     A run's own config.toml says everything, and is what a run is resumed from with another rule.
     """
     rule = values.get("rule", {})
-    old: Any = rule.get("name", Rule.name) if isinstance(rule, Mapping) else None
+    old = str(rule.get("name", Rule.name)) if isinstance(rule, Mapping) else new
     if new is None or old is None or new == old:
         return
     own: dict[str, dict[str, Any]] = PRESETS.get(old, {})
@@ -90,7 +90,7 @@ def _begun(values: Mapping[str, Any]) -> dict[str, Any]:
     begun = dict(values)
     for name in {word.rpartition(":")[2].strip() for word in words.split(",")} & PRESETS.keys():
         for section, preset in PRESETS[name].items():
-            table = values.get(section, {})
+            table = begun.get(section, {})
             begun[section] = {**preset, **table} if isinstance(table, Mapping) else table
     return begun
 
