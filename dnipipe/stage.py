@@ -8,7 +8,8 @@ on Activation(id, x, y):                        on Gradient(id, g):
   2 yield Activation(id, h, y)   next stage starts  7 rule.arrived(h, y, g): the predictor learns; a rule that waited
   3 ĝ = rule.now(h, y)           None: this rule waits     returns the gradient to apply now (the forward is run again)
   4 h.backward(ĝ); yield Gradient(id, x.grad); optimizer.step()
-  5 pending[id] = data only, never a graph        8 a rule that used ĝ may mend: g − ĝ joins the next update
+  5 pending[id] = data only, never a graph        8 a rule that used ĝ may mend: g − ĝ joins the next update, and the
+                                                    stage before, if it waits, is sent J^T ĝ + λ J^T (g − ĝ)
 
 `Stage.handle(message)` is a generator, and **a yield is a send**: what follows it runs while the neighbour already
 works. The caller must drain it, or the update is lost; the worker owns the only such loop.
