@@ -119,8 +119,8 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
 def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With trust it ends within 2 % of the untouched run, and the stage says how long it went without.
 
-    Without trust the poison costs a fifth while it lasts (3.62 nats instead of 2.96 right behind it), and more than
-    that 2 % at the end (2.99 instead of 2.84).
+    Without trust the poison costs a fifth while it lasts (3.63 nats instead of 2.95 right behind it), and more than
+    that 2 % at the end (3.59 instead of 2.82).
     """
     untouched = run(tmp_path / "untouched", trust=0.0)
     with monkeypatch.context() as patch:
@@ -128,6 +128,8 @@ def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: p
         poisoned = run(tmp_path / "poisoned", trust=0.0)
     Poison(monkeypatch)
     credulous = run(tmp_path / "credulous", trust=-1.0)
+    for name, told in (("untouched", untouched), ("poisoned", poisoned), ("credulous", credulous)):
+        print(f"{name}: {told['at'][400]:.2f} at batch 400, {told['eval']['loss']:.2f} at the end")
     assert poisoned["eval"]["loss"] < 1.02 * untouched["eval"]["loss"]
     assert credulous["at"][400] > 1.1 * untouched["at"][400]  # right behind the last poisoned batch
     assert credulous["eval"]["loss"] > 1.02 * untouched["eval"]["loss"]
