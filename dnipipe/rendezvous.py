@@ -35,11 +35,12 @@ class Rendezvous:
         self.incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self.timeout = timeout
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.serves = self.rank == 0 and not agents  # the store lives in this process, and ends with it
         try:
             store = TCPStore(
                 self.master,
                 port,
-                is_master=self.rank == 0 and not agents,
+                is_master=self.serves,
                 timeout=timedelta(seconds=timeout),
                 wait_for_workers=False,
             )
@@ -68,6 +69,14 @@ class Rendezvous:
         self.publish(key, "made ")
         for rank in range(self.world):
             self.made(f"{what}/{rank}", rank)
+
+    def leave(self) -> None:
+        """The last step of a run that went well: the process that serves the store is the last to go."""
+        if not self.serves:
+            self.publish(f"left/{self.rank}", "made ")
+            return
+        for rank in range(1, self.world):
+            self.made(f"left/{rank}", rank)
 
     @contextmanager
     def _telling(self, *keys: str) -> Iterator[None]:

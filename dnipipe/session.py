@@ -100,6 +100,7 @@ def work(job: Job, resume: bool = False) -> Path:
     with meeting.together("finished"):  # whoever goes on behind this finds the summary
         if head:
             conclude(job, tasks[0], agreed, head)
+    meeting.leave()
     return Path(agreed.folder)
 
 

@@ -123,6 +123,26 @@ def test_without_an_agents_store_rank_0_makes_it(meet: Meet) -> None:
 # -- the store ---------------------------------------------------------------------------------------------------
 
 
+def test_who_serves_the_store_is_the_last_to_go(meet: Meet) -> None:
+    with socket.create_server((LOOPBACK, 0)) as free:
+        port = str(free.getsockname()[1])
+    own = {"TORCHELASTIC_USE_AGENT_STORE": None, "MASTER_PORT": port}
+    meetings = [meet(0, **own), meet(1, **own)]
+    left: list[int] = []
+    first = threading.Thread(target=lambda: (meetings[0].leave(), left.append(0)), daemon=True)
+    first.start()
+    first.join(0.3)
+    assert first.is_alive()
+    meetings[1].leave()
+    left.append(1)
+    first.join(60)
+    assert left == [1, 0]
+
+
+def test_with_an_agents_store_nobody_waits_to_go(meet: Meet) -> None:
+    meet(0, timeout=0.1).leave()
+
+
 def test_the_launchers_store_listens_on_loopback_only(store: LoopbackRendezvous) -> None:
     """All of 127.0.0.0/8 is this machine: a store on every interface would answer at 127.0.0.2."""
     with socket.create_connection((LOOPBACK, port_of(store)), timeout=10):
