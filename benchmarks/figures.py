@@ -47,7 +47,7 @@ def read(cell: Cell, folder: Path, seconds: float, diverged: int | None) -> Reco
         stage=[{name: stage[name] for name in MEANS} for stage in summary["stage"]] if summary else [],
         torch=version("torch"),
         date=time.strftime("%Y-%m-%d"),
-        processor=_processor(),
+        processor=processor(),
     )
 
 
@@ -68,7 +68,7 @@ def _curve(lines: Iterable[dict[str, Any]], name: str, total: int) -> list[list[
     return means
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where the system tells it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,73 @@
+"""One rank of dnipipe, as `dnipipe train` starts it; what it did is read from the files that every run writes."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import threading
+from pathlib import Path
+
+from benchmarks.throughput.window import Measured, Sample, between, sample
+from benchmarks.throughput.workload import Workload
+from dnipipe.process import guarded
+
+WARM_UP = 50  # batches that are not counted: the window's automatic size is found in them
+EVERY = 0.1  # seconds between two lines of metrics
+
+
+def train(workload: Workload, words: tuple[str, ...], batches: int, folder: Path) -> Measured:
+    """Train WARM_UP + `batches` batches with these settings. Raises SystemExit if that fails."""
+    total = ("--train.batches", str(WARM_UP + batches))
+    output = ("--output.run", str(folder), "--output.every", str(EVERY), "--output.quiet", "true")
+    job = workload.job(workload.config(*words, *total, *output))
+    with Sampler() as sampler:
+        status, folder = guarded(job)
+    if status:
+        raise SystemExit(status)
+    rank = int(os.environ["RANK"])
+    lines = [json.loads(line) for line in (folder / "metrics" / f"stage-{rank}.jsonl").read_text().splitlines()]
+    return measured(lines, sampler, job.config.data.batch, WARM_UP + batches)
+
+
+def measured(lines: list[dict[str, float]], sampler: Sampler, size: int, total: int) -> Measured:
+    """From the line behind the warm-up to the last one that still has a batch to come."""
+    counted = [line for line in lines if WARM_UP <= line["batch"] < total]
+    if len(counted) < 2:
+        raise SystemExit(f"too short to be measured: {len(counted)} lines of metrics behind the warm-up")
+    first, last = counted[0], counted[-1]
+    late = [line for line in counted[1:] if "staleness" in line and line["batches"]]
+    batches = sum(line["batches"] for line in late)
+    stale = sum(line["staleness"] * line["batches"] for line in late) / batches if batches else None
+    ends = sampler.at(first["time"]), sampler.at(last["time"])
+    return between(*ends, samples=sum(line["samples"] for line in counted[1:]), staleness=stale)
+
+
+class Sampler:
+    """Notes a Sample every EVERY seconds, in a thread, to be asked for the one nearest to a time."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []  # seconds since 1970, as the metrics have it
+        self._samples: list[Sample] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._note, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def at(self, time: float) -> Sample:
+        return self._samples[min(bisect.bisect_left(self._times, time), len(self._samples) - 1)]
+
+    def _note(self) -> None:
+        while not self._ended.wait(EVERY / 2):
+            now = sample()
+            self._times.append(now.clock)
+            self._samples.append(now)
+
+
+__all__ = ["train"]
