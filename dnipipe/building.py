@@ -31,6 +31,7 @@ from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.stash import Graphs
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
 
@@ -123,6 +124,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         seed=settings.train.seed,
         first_layer=plan.layers_of(index)[0],
         device=device,
+        graphs=Graphs(settings.pipeline.memory * 2**20 // 2),
     )
 
 
@@ -178,7 +180,9 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     if settings.transport.kind == "local":
         hops = 2 * (plan.stages - 1 - index)  # to the loss and back, so that nothing holds stage 0 up
         return Window(hops * settings.transport.delay + 2)
+    budget = settings.pipeline.memory * 2**20
     kept = 4 * torch.Size(plan.edge(index).h).numel()  # x, h, ĝ and J^T ĝ, about
     if settings.rule.stash:
+        budget //= 2  # the other half is for graphs
         kept += sum(plan.parameters[layer] for layer in plan.layers_of(index))
-    return Window(None, limit=min(256, settings.pipeline.memory * 2**20 // max(1, 4 * kept)))
+    return Window(None, limit=min(256, budget // max(1, 4 * kept)))

@@ -1,4 +1,4 @@
-"""The last stage's gradient: it has the loss in the place of a rule.
+"""The last stage's gradient, for it has the loss in the place of a rule; and its answer to an evaluation.
 
 h, y ──► loss(h, y) ──► ∂loss/∂h: applied and sent back at once; nothing arrives
 """
@@ -55,4 +55,16 @@ class LossGradient(GradientRule):
         raise AssertionError("no stage follows the last")
 
 
-__all__ = ["LossGradient"]
+def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """(sum of losses, correct, loss terms, samples) as float64 (4,); correct is -1 where labels are no classes."""
+    terms = loss_terms(y)
+    with torch.no_grad():
+        total = loss(h, y).double() * terms
+    correct = torch.tensor(-1.0)
+    if not y.is_floating_point():
+        axis = -1 if h.shape[:-1] == y.shape else 1
+        correct = (h.argmax(axis) == y).sum()
+    return torch.tensor([total.item(), correct.item(), terms, y.shape[0]], dtype=torch.float64)
+
+
+__all__ = ["LossGradient", "score"]

@@ -8,7 +8,7 @@ on Activation(id, x, y):                        on Gradient(id, g):
   2 yield Activation(id, h, y)   next stage starts  7 rule.arrived(h, y, g): the predictor learns; a rule that waited
   3 ĝ = rule.now(h, y)           None: this rule waits     returns the gradient to apply now (the forward is run again)
   4 h.backward(ĝ); yield Gradient(id, x.grad); optimizer.step()
-  5 pending[id] = data only, never a graph        8 a rule that used ĝ may mend: g − ĝ joins the next update, and the
+  5 pending[id] = data; with a stash, a graph     8 a rule that used ĝ may mend: g − ĝ joins the next update, and the
                                                     stage before, if it waits, is sent J^T ĝ + λ J^T (g − ĝ)
 
 `Stage.handle(message)` is a generator, and **a yield is a send**: what follows it runs while the neighbour already
@@ -19,13 +19,14 @@ is the gradient for the stage before (docs/known-gradient.md).
 
 A graph older than an optimizer step cannot be used: autograd raises, for the weights it saved were changed in place. So
 what waits keeps its data and runs the forward again, with the same dropout mask and without counting BatchNorm's
-statistics twice. Randomness is a function of (seed, layer, batch id) alone, so a resumed run draws what it would have
-drawn.
+statistics twice; or, where a rule has a copy of the weights kept for it (stash.py), its graph on that copy. Randomness
+is a function of (seed, layer, batch id) alone, so a resumed run draws what it would have drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,19 +36,20 @@ from torch.func import functional_call
 
 from dnipipe.errors import MessageError
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
+from dnipipe.last_stage import score
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
-from dnipipe.predictors import Loss, loss_terms
+from dnipipe.predictors import Loss
 from dnipipe.randomness import reseed
-from dnipipe.stash import Stash
+from dnipipe.stash import Graphs, Stash
 
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """A batch that lacks its gradient: data only, never a graph."""
+    """A batch that lacks its gradient: data, and a graph only on weights that nothing changes."""
 
-    x: Tensor | None  # the input (B, D...), if the forward will be run again
+    x: Tensor | None  # the input (B, D...), if a backward is still to come
     h: Tensor  # the output (B, D...), detached
     y: Tensor
     predicted: Tensor | None  # ĝ, if the rule made one
@@ -57,6 +59,7 @@ class Pending:
     answered: bool  # the stage before already has its Gradient
     updates: int  # how many updates the stage had made when it sent h
     stash: Stash | None  # the weights with which it went through, if the rule wants its gradient there
+    graph: Tensor | None  # h again, with its graph on those weights and x; None: the forward will be run again
 
 
 class Stage:
@@ -69,6 +72,7 @@ class Stage:
         descent: the optimizer of the module's parameters, and when it steps.
         loss: of the model, for evaluation; used by the last stage only.
         seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
+        graphs: how many may be kept, where the rule has weights stashed; none if it is left out.
     """
 
     def __init__(
@@ -84,10 +88,12 @@ class Stage:
         seed: int = 0,
         first_layer: int = 0,
         device: torch.device | str = "cpu",
+        graphs: Graphs | None = None,
     ) -> None:
         self.index, self.stages = index, stages
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
         self.loss, self.seed, self.first_layer, self.device = loss, seed, first_layer, device
+        self.graphs = graphs or Graphs()
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
@@ -136,8 +142,9 @@ class Stage:
         x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and rule.teaches)
         self.descent.lean(self.late)
         with self.metrics.clock.span("forward"):
-            reseed(self.seed, self.first_layer, batch)
-            h = self.module(x)  # 1
+            stash = None if rule.stash is None or self.last else Stash(self.module)
+            held = stash if self.graphs.room else None  # the weights under a graph that may wait
+            h = self._forward(batch, x, stash, held)  # 1
         out = h.detach()
         if not self.last:
             yield Activation(batch, out, y)  # 2
@@ -145,15 +152,15 @@ class Stage:
             use = rule.now(batch, out, y)  # 3
         skip, use = (use, None) if isinstance(use, Skip) else (None, use)
         done = skip or (use and use.update and use.send and not rule.again)
-        updates, stash = self.updates, None if rule.stash is None or done or self.last else Stash(self.module)
+        updates = self.updates
         if skip:
             yield from self._skip(batch, skip.why)
         elif use:
-            yield from self._apply(batch, x, h, use)  # 4
+            yield from self._apply(batch, x, h, use, stash=held, again=held is not None and not done)  # 4
         self.descent.stand()
         answered = use is not None and use.send
         pending = Pending(
-            x=None if done else x.detach(),
+            x=None if done else x if held else x.detach(),
             h=out,
             y=y,
             predicted=use.g if use else None,
@@ -162,10 +169,12 @@ class Stage:
             skipped=skip is not None,
             answered=answered,
             updates=updates,
-            stash=stash,
+            stash=None if done else stash,
+            graph=h if held and not done else None,
         )
         if not self.last:
             self.pending[batch] = pending  # 5
+            self.graphs.kept += pending.graph is not None
         self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
@@ -173,6 +182,7 @@ class Stage:
         pending = self.pending.pop(batch, None)  # 6
         if pending is None or (g is not None and g.shape != pending.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
+        self.graphs.kept -= pending.graph is not None
         rule = self.rule.at(batch)
         late = self.late = self.updates - pending.updates
         if g is not None:
@@ -182,10 +192,7 @@ class Stage:
         if isinstance(use, Mend):
             yield from self._mend(batch, pending, use)  # 8
         elif use and (use.update or self.index > 0):
-            assert pending.x is not None
-            x = pending.x.requires_grad_(self.index > 0 and use.send)
-            with self.metrics.clock.span("forward"):
-                h = self._forward_again(batch, x, pending.stash)
+            x, h = self._through(batch, pending, self.index > 0 and use.send)
             yield from self._apply(batch, x, h, use, late, pending.stash)
         elif g is None and rule.teaches and not pending.skipped:
             yield from self._skip(batch, "no gradient came", answered=pending.answered)
@@ -198,16 +205,19 @@ class Stage:
             raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
 
     def _apply(
-        self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0, stash: Stash | None = None
+        self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0, stash: Stash | None = None, again: bool = False
     ) -> Iterator[Message]:
-        """Step 4: backpropagate a known gradient; the stage before has its answer before the optimizer steps."""
+        """Step 4: backpropagate a known gradient; the stage before has its answer before the optimizer steps.
+
+        stash: the weights that h was made with, if they are not the module's. again: h's graph is still needed.
+        """
         with self.metrics.clock.span("backward"):
             if use.update:
-                h.backward(use.g)  # type: ignore[no-untyped-call]
+                h.backward(use.g, retain_graph=again)  # type: ignore[no-untyped-call]
                 if stash:
                     stash.hand_over(self.module, self.rule.at(batch).stash or 0.0)
             elif use.send and x.requires_grad:
-                (x.grad,) = torch.autograd.grad(h, x, use.g)
+                (x.grad,) = torch.autograd.grad(h, x, use.g, retain_graph=again)
         if use.send and self.index > 0:
             yield Gradient(batch, x.grad)
         if use.update:
@@ -216,11 +226,8 @@ class Stage:
 
     def _mend(self, batch: int, pending: Pending, mend: Mend) -> Iterator[Message]:
         """What was used at once was off: the rest joins the next update. The stage before may have waited for this."""
-        assert pending.x is not None
         sends = self.index > 0 and mend.bp_lambda > 0
-        x = pending.x.requires_grad_(sends)
-        with self.metrics.clock.span("forward"):
-            h = self._forward_again(batch, x, pending.stash)
+        x, h = self._through(batch, pending, sends)
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         at = pending.stash.weights if pending.stash else named
         inputs = [x] * sends + [at[name] for name in named]
@@ -237,6 +244,24 @@ class Stage:
         self.metrics.skip(why)
         if self.index > 0 and not answered:
             yield Gradient(batch, None)
+
+    def _forward(self, batch: int, x: Tensor, stash: Stash | None, held: Stash | None) -> Tensor:
+        """Step 1. If h's graph may wait, it is one on the `held` copy; else its size is noted the first time."""
+        reseed(self.seed, self.first_layer, batch)
+        if held:
+            return held.forward(self.module, x)
+        with self.graphs.measured(self.module) if stash and self.graphs.size is None else nullcontext():
+            h: Tensor = self.module(x)
+        return h
+
+    def _through(self, batch: int, pending: Pending, sends: bool) -> tuple[Tensor, Tensor]:
+        """(x, h) of a batch that waited, with the graph between them: as it was kept, or made again."""
+        assert pending.x is not None
+        if pending.graph is not None:
+            return pending.x, pending.graph
+        x = pending.x.requires_grad_(sends)
+        with self.metrics.clock.span("forward"):
+            return x, self._forward_again(batch, x, pending.stash)
 
     def _forward_again(self, batch: int, x: Tensor, stash: Stash | None = None) -> Tensor:
         """The forward of a batch that waited: same random numbers, and buffers (BatchNorm) as they are, kept so.
@@ -282,16 +307,4 @@ class Stage:
             yield Saved(message.batch, self.index)
 
 
-def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """(sum of losses, correct, loss terms, samples) as float64 (4,); correct is -1 where labels are no classes."""
-    terms = loss_terms(y)
-    with torch.no_grad():
-        total = loss(h, y).double() * terms
-    correct = torch.tensor(-1.0)
-    if not y.is_floating_point():
-        axis = -1 if h.shape[:-1] == y.shape else 1
-        correct = (h.argmax(axis) == y).sum()
-    return torch.tensor([total.item(), correct.item(), terms, y.shape[0]], dtype=torch.float64)
-
-
-__all__ = ["Pending", "Stage", "score"]
+__all__ = ["Pending", "Stage"]

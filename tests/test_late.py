@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dnipipe.messages import Activation, Gradient
 from dnipipe.predictors import VFBN
 from dnipipe.split import Plan, part, plan
 from dnipipe.stage import Stage
+from dnipipe.stash import Graphs
 from dnipipe.state import boundary_of, load_state, state_of
 from tests.conftest import Line, blobs, make_stages
 from tests.test_stage import SGD, Fixed, equal, layers, one_at_a_time, plain
@@ -136,6 +138,65 @@ def test_blend_mends_at_the_weights_of_now_or_with_a_stash_of_then(stash: bool) 
     torch.testing.assert_close(sent.g, guessed + 0.25 * back)
     for p, d in zip(middle.parameters(), missed, strict=True):
         torch.testing.assert_close(p.grad, 0.8 * 2**-0.5 * d)  # one batch has come since
+
+
+class Counted(nn.Sequential):
+    """Layers that count their forwards; one has statistics, one is random."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(nn.Linear(features, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2))
+        self.forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        h: Tensor = super().forward(x)
+        return h
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda: Delayed(stash=0.0),
+        lambda: Delayed(stash=0.5),
+        lambda: Blend(Learner(Fixed(0.5), 1e-3), 0.8, bp_lambda=1.0, stash=True),
+        lambda: Blend(Learner(Fixed(0.5), 1e-3), 0.8, bp_lambda=0.3, warmup=4, stash=True),
+    ],
+)
+def test_a_kept_graph_gives_what_a_second_forward_would(rule: Callable[[], GradientRule], delay: int) -> None:
+    """No room, room for a part of the batches, and for all: the same weights and statistics, but fewer forwards."""
+    made, forwards = [], []
+    for room in (0, 6000, 1 << 20):
+        torch.manual_seed(0)
+        modules: list[nn.Module] = [Counted(8), Counted(6), nn.Linear(6, 3)]
+        stages = make_stages(modules, lambda k: rule(), partial(torch.optim.Adam, lr=0.01), lookahead=2)
+        for stage in stages:
+            stage.graphs = Graphs(room)
+        fed(stages, 10, delay)
+        assert [stage.graphs.kept for stage in stages] == [0, 0, 0]
+        made.append(
+            {name: t for stage in stages for name, t in stage.module.state_dict(prefix=f"{stage.index}.").items()}
+        )
+        forwards.append(modules[0].forwards)
+    for other in made[1:]:
+        for name, tensor in made[0].items():
+            assert torch.equal(tensor, other[name]), name
+    assert forwards[0] == 20 and forwards[2] == 11  # the first batch is measured, and computed twice
+    assert forwards[1] == 11 if delay == 0 else 11 < forwards[1] < 20
+
+
+def test_a_graph_is_measured_without_the_weights() -> None:
+    """Linear saves x (3, 8), Tanh its output (3, 5), the second Linear that again."""
+    module, x = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3, 8)
+    graphs = Graphs(1000)
+    assert not graphs.room
+    with graphs.measured(module):
+        module(x)
+    assert graphs.size == 4 * (3 * 8 + 3 * 5)
+    graphs.kept = 5
+    assert graphs.room
+    graphs.kept = 6
+    assert not graphs.room
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])

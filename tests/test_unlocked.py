@@ -23,12 +23,13 @@ from dnipipe import checkpoint
 from dnipipe.errors import MessageError
 from dnipipe.gradient_rules import GradientRule, Local, Synthetic
 from dnipipe.inputs import Inputs
+from dnipipe.last_stage import score
 from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Input, Message, Saved
 from dnipipe.predictors import VFBN
 from dnipipe.randomness import chance
 from dnipipe.sometimes import Sometimes
-from dnipipe.stage import Stage, score
+from dnipipe.stage import Stage
 from dnipipe.unlocked import UnlockedStage
 from tests import test_processes
 from tests.conftest import Line, blobs, make_stages, narrow

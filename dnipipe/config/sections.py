@@ -45,7 +45,10 @@ class Pipeline:
     boundaries: tuple[int, ...] = setting((), "first layer of each stage after the first, e.g. 2,4,6 (empty: balance)")
     window: Union[int, Literal["auto"]] = setting("auto", "batches of a stage that may lack their gradient", low=1)
     memory: int = setting(
-        1024, "MiB of waiting batches, and their stashed weights, up to which an automatic window may grow", low=1
+        1024,
+        "MiB of waiting batches, up to which an automatic window may grow; with rule.stash, half of it for them and "
+        "their weights, half for their graphs (a batch that finds no room there is computed twice)",
+        low=1,
     )
     device: str = setting("auto", "auto (the GPU of LOCAL_RANK if there is one), cpu, cuda", local=True)
 
