@@ -137,7 +137,7 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
         torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
         predictor = predictors.build(settings.predictor, plan.edge(index), job.loss)
         lessons = Replay(settings.predictor.replay, settings.predictor.steps)
-        return Learner(predictor.to(device_of(settings)), settings.predictor.lr, lessons)
+        return Learner(predictor.to(device_of(settings)), settings.predictor.lr, lessons, settings.predictor.rows)
 
     def rule(name: str) -> GradientRule:
         made: GradientRule

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,15 @@ class Learner:
     Args:
         lr: of the Adam.
         replay: what an arriving gradient is learnt from with.
+        rows: the share of its samples that is; the first ones, since batches are shuffled.
     """
 
-    def __init__(self, predictor: Predictor, lr: float, replay: Replay | None = None) -> None:
+    def __init__(self, predictor: Predictor, lr: float, replay: Replay | None = None, rows: float = 1.0) -> None:
         self.predictor = predictor
         self.adam = torch.optim.Adam(predictor.parameters(), lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
         self.replay = replay or Replay()
+        self.rows = rows
 
     def guess(self, h: Tensor, y: Tensor) -> Tensor:
         """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
@@ -39,6 +43,10 @@ class Learner:
         """What the gradient g that arrived for h (both (B, D...)) teaches."""
         if self.predictor.matching == 0:
             return
+        samples = h.shape[0]
+        taken = math.ceil(self.rows * samples)
+        if taken < samples:  # in the unit of a batch of so many
+            h, y, g = h[:taken], y[:taken], g[:taken] * (samples / taken)
         self.predictor.observe(y, g)
         lesson = self.replay.lesson(h, y, g)
         for _ in range(self.replay.steps):

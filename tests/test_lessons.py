@@ -130,3 +130,20 @@ def test_the_cosine_is_learnt_where_the_size_is_not() -> None:
     guess = learner.guess(h, y)
     assert F.cosine_similarity(guess, g, dim=1).mean() > 0.8
     assert loss_terms(y) * guess.norm() > 10 * loss_terms(y) * g.norm()
+
+
+def test_a_share_of_the_samples_teaches_what_a_smaller_batch_would() -> None:
+    """In that batch's own unit: d(its mean loss)/d(h) is larger, as its loss terms are fewer."""
+    h, y = example(TOKENS)
+    g = torch.randn(TOKENS.h)
+    made = []
+    for given, share in (((h, y, g), 0.3), ((h[:1], y[:1], g[:1] * h.shape[0]), 1.0)):
+        torch.manual_seed(0)
+        learner = Learner(build(Settings(), TOKENS, loss), 0.1, rows=share)
+        learner.learn(*given)
+        made.append(list(learner.parameters))
+    for part, whole in zip(*made, strict=True):
+        torch.testing.assert_close(part, whole)
+    torch.manual_seed(0)
+    untaught = Learner(build(Settings(), TOKENS, loss), 0.1).parameters
+    assert not torch.allclose(made[0][0], untaught[0])

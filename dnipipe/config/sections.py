@@ -130,6 +130,7 @@ class Predictor:
     cosine: float = setting(
         0.0, "weight of 1 - cosine with the arriving gradient, beside the squared distance", low=0.0
     )
+    rows: float = setting(1.0, "share of an arriving gradient's samples that is learnt from", low=1e-3, high=1.0)
     steps: int = setting(1, "times that each arriving gradient is learnt from", low=1)
     replay: int = setting(
         0, "newest gradients that are learnt from once more whenever one comes, the older the less", low=0
