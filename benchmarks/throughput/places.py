@@ -63,10 +63,10 @@ class Here:
             outs = [Path(folder) / f"{rank}.json" for rank in range(len(orders))]
             for rank, (order, out) in enumerate(zip(orders, outs, strict=True)):
                 processes.append(self._start(rank, len(orders), order, out, port))
-            _wait(processes)
+            _wait(processes, outs)
             return [Measured(**json.loads(out.read_text())) for out in outs]
 
-    def _start(self, rank: int, world: int, order: Order, out: Path, port: int) -> subprocess.Popen[str]:
+    def _start(self, rank: int, world: int, order: Order, out: Path, port: int) -> subprocess.Popen[bytes]:
         master = self.emulator.address(0) if self.emulator else "127.0.0.1"
         card = "eth0" if self.emulator else "lo"
         within = self.emulator.within(rank) if self.emulator else []
@@ -97,7 +97,7 @@ class Hosts:
                 names = environment(self.rank, len(orders), self.master, self.port + self.runs)
                 processes.append(_start([], names, orders[self.rank], out, core=None))
                 try:
-                    _wait(processes)
+                    _wait(processes, [out])
                     self.store.set(f"measured/{self.runs}/{self.rank}", out.read_text())
                 except RunFailed as error:
                     self.store.set(f"measured/{self.runs}/{self.rank}", json.dumps({"failed": str(error)}))
@@ -142,26 +142,21 @@ def environment(rank: int, world: int, master: str, port: int) -> dict[str, str]
 
 def _start(
     within: list[str], names: dict[str, str], order: Order, out: Path, core: int | None
-) -> subprocess.Popen[str]:
+) -> subprocess.Popen[bytes]:
     command = [*within, sys.executable, "-m", "benchmarks.throughput.rank", order.to_json(), str(out)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=names,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    with out.with_suffix(".err").open("w") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=names, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
     if core is not None:
         os.sched_setaffinity(process.pid, {core})
     return process
 
 
 @contextmanager
-def _ended() -> Iterator[list[subprocess.Popen[str]]]:
+def _ended() -> Iterator[list[subprocess.Popen[bytes]]]:
     """None of these processes stays behind."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         yield processes
     finally:
@@ -171,7 +166,7 @@ def _ended() -> Iterator[list[subprocess.Popen[str]]]:
             process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen[str]]) -> None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], outs: Sequence[Path]) -> None:
     """Until all have ended well. Raises RunFailed with the first one's last line that did not, or after LIMIT."""
     end = time.monotonic() + LIMIT
     while any(process.poll() is None for process in processes):
@@ -179,9 +174,9 @@ def _wait(processes: Sequence[subprocess.Popen[str]]) -> None:
         if failed or time.monotonic() > end:
             break
         time.sleep(0.05)
-    for rank, process in enumerate(processes):
+    for rank, (process, out) in enumerate(zip(processes, outs, strict=True)):
         if process.poll():
-            said = (process.stderr.read() if process.stderr else "").strip().splitlines()
+            said = out.with_suffix(".err").read_text().strip().splitlines()
             raise RunFailed(f"rank {rank}: {said[-1] if said else f'exit status {process.returncode}'}")
     if any(process.poll() is None for process in processes):
         raise RunFailed(f"not ended after {LIMIT:g} s")

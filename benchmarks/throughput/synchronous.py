@@ -118,6 +118,8 @@ def _schedule(
 ) -> PipelineScheduleSingle | PipelineScheduleMulti:
     if name == "interleaved":
         return ScheduleInterleaved1F1B(stages, microbatches, loss_fn=job.loss)  # type: ignore[arg-type]
+    if name not in ("1f1b", "gpipe", "plain"):
+        raise ValueError(f"no such schedule: {name}")
     kind = Schedule1F1B if name == "1f1b" else ScheduleGPipe
     return kind(stages[0], microbatches, loss_fn=job.loss)
 

@@ -1,0 +1,74 @@
+"""The emulated network: what one host sends reaches another after the link's delay, at its rate. Needs root."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.emulator import Emulator, Link, missing
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"hosts cannot be emulated here: this needs {missing()}")
+
+SERVE = """
+import socket, sys
+server = socket.create_server((sys.argv[1], 4711))
+print("listening", flush=True)
+peer = server.accept()[0]
+size = 0
+while size < int(sys.argv[2]):
+    got = peer.recv(1 << 16)
+    if not got: break
+    size += len(got)
+peer.sendall(b"done")
+"""
+ASK = """
+import socket, sys, time
+peer = socket.create_connection((sys.argv[1], 4711), timeout=20)
+began = time.monotonic()
+peer.sendall(bytes(int(sys.argv[2])))
+assert peer.recv(4) == b"done"
+print(time.monotonic() - began)
+"""
+
+
+def seconds(emulator: Emulator, size: int) -> float:
+    """From sending so many bytes from host 1 to host 0 until its answer is here."""
+    server = subprocess.Popen(
+        [*emulator.within(0), sys.executable, "-c", SERVE, emulator.address(0), str(size)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout and server.stdout.readline() == "listening\n"
+        command = [*emulator.within(1), sys.executable, "-c", ASK, emulator.address(0), str(size)]
+        return float(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    finally:
+        server.kill()
+        server.wait()
+        if server.stdout:
+            server.stdout.close()
+
+
+def test_an_answer_takes_two_delays_and_the_link_can_change() -> None:
+    """A packet is never early; how late it is depends on the machine."""
+    with Emulator(2, Link(delay=0.15)) as emulator:
+        assert seconds(emulator, 10) >= 0.3
+        emulator.link = Link()
+        assert seconds(emulator, 10) < 0.3
+
+
+def test_a_line_with_a_rate_takes_its_time() -> None:
+    with Emulator(2, Link(rate=8e6)) as emulator:
+        assert seconds(emulator, 1_000_000) >= 0.9  # a megabyte a second; the first packets find the line free
+        assert emulator.dropped == 0
+
+
+def test_nothing_of_it_stays_behind() -> None:
+    with Emulator(2) as emulator:
+        names = [words[3] for words in (emulator.within(0), emulator.within(1))]
+        there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+        assert all(name in there for name in names)
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(name in left for name in names)

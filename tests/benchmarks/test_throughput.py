@@ -1,0 +1,108 @@
+"""The throughput study with a place that invents figures; and one real run of a schedule and of dnipipe, very short.
+
+Study ─► orders ─► Place (here: made up) ─► records ─► limit, best number of micro-batches, tables
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.emulator import Link
+from benchmarks.throughput import study
+from benchmarks.throughput.__main__ import main
+from benchmarks.throughput.places import Here, RunFailed
+from benchmarks.throughput.rank import Order
+from benchmarks.throughput.report import tables
+from benchmarks.throughput.study import Condition, Record, Study, limit, load
+from benchmarks.throughput.window import Measured
+
+
+class Invented:
+    """Samples a second by system; a schedule is best with 8 micro-batches. Stage 1 is slower than stage 0."""
+
+    reports, emulates = True, True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, float]] = []
+
+    def run(self, orders: Sequence[Order], link: Link) -> list[Measured]:
+        order = orders[0]
+        self.seen.append((order.system, order.microbatches, link.delay))
+        rate = {"alone": 100.0, "dnipipe": 90.0}.get(
+            order.system, 50.0 - abs(order.microbatches - 8) - 100 * link.delay
+        )
+        return [Measured(rate * 2, 2.0 * (1 + 0.25 * each.stage), 1.5, 4096.0 * rate, 400.0, 2.5) for each in orders]
+
+
+CONDITIONS = (Condition(2), Condition(2, Link(delay=0.1)))
+STUDY = Study(CONDITIONS, ("1f1b", "plain", "local"), (4, 8, 16), repeats=2, seconds=1.0)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "cores", lambda: [0, 1])
+
+
+def test_the_best_number_of_microbatches_is_searched_once_a_condition(two_cores: None) -> None:
+    place, found = Invented(), []
+    STUDY.carry_out(place, found, lambda record: None)
+    searched = [(r.microbatches, r.condition.link.delay) for r in found if r.repeat < 0]
+    assert searched == [(n, delay) for delay in (0.0, 0.1) for n in (4, 8, 16)]
+    assert {r.microbatches for r in found if r.system == "1f1b" and r.repeat >= 0} == {8}
+    assert {r.microbatches for r in found if r.system in ("plain", "local")} == {1}
+
+
+def test_each_repeat_begins_with_another_system_and_the_limit_is_measured_without_a_link(two_cores: None) -> None:
+    place, found = Invented(), []
+    STUDY.carry_out(place, found, lambda record: None)
+    order = [r.system for r in found if r.repeat >= 0 and r.condition == CONDITIONS[1]]
+    assert order == ["1f1b", "plain", "local", "plain", "local", "1f1b"]
+    assert [delay for system, _, delay in place.seen if system == "alone"] == [0.0, 0.0]  # once, for both delays
+
+
+def test_what_was_measured_is_not_measured_again(two_cores: None, tmp_path: Path) -> None:
+    found: list[Record] = []
+    kept: list[str] = []
+    STUDY.carry_out(Invented(), found, lambda record: kept.append(record.to_json()))
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(kept) + "\n")
+    again = load(path)
+    assert again == found
+    place = Invented()
+    STUDY.carry_out(place, again, lambda record: None)
+    assert place.seen == []
+
+
+def test_the_limit_is_the_slowest_stages_or_that_of_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [Measured(100.0, seconds, 1.0, None, 1.0) for seconds in (1.0, 2.0, 1.0, 1.0)]
+    record = Record("alone", Condition(4), 1, 0, ranks, "none", "today")
+    for here, expected in ((8, 50.0), (2, 40.0)):  # a sample takes 50 ms of cores in all
+        monkeypatch.setattr(study, "cores", lambda here=here: list(range(here)))
+        assert limit([record], Condition(4, Link(delay=0.1))) == pytest.approx(expected)
+
+
+def test_the_tables_have_shares_ratios_and_costs(two_cores: None) -> None:
+    found: list[Record] = []
+    STUDY.carry_out(Invented(), found, lambda record: None)
+    text = tables(found)
+    assert "limit: 80.0 samples/s" in text  # stage 1 takes a quarter longer
+    assert "| `1f1b` | 50.0 ± 0.0 (0.62), M = 8 | 40.0 ± 0.0 (0.50), M = 8 |" in text
+    assert "| `local` : best schedule | 1.80 × | 2.25 × |" in text
+    assert "| `local` | 25, 25 | 2, 2 | 400, 400 | 2.5, 2.5 |" in text
+
+
+def test_a_rank_that_fails_ends_all_and_says_why() -> None:
+    with pytest.raises(RunFailed, match=r"rank \d: .*no such schedule"):
+        Here().run([Order("no such schedule", 2, sleep=0.001, seconds=0.1)] * 2, Link())
+
+
+def test_real_ranks_of_a_schedule_and_of_dnipipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--systems", "1f1b", "local", "--microbatches", "4", "--compute", "sleep=3ms", "--repeats", "1"]
+    assert main([*words, "--delays", "0", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
+    records = load(tmp_path / "records.jsonl")
+    assert [(r.system, len(r.ranks)) for r in records] == [("alone", 2), ("1f1b", 2), ("local", 2)]
+    assert all(rank.samples > 0 and rank.memory > 50 for r in records for rank in r.ranks)
+    assert "compute sleep=3ms" in capsys.readouterr().out
