@@ -13,6 +13,7 @@ MAY = {
     "messages": "",
     "config": "errors",
     "metrics": "errors",
+    "tracing": "errors",
     "codec": "messages errors",
     "transport": "messages errors codec",
     "heads": "",
@@ -65,6 +66,7 @@ FOREIGN = {  # libraries that only these may import
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
+    "matplotlib": {"tracing"},
     "torch.distributed": {"loopback", "rendezvous", "launcher", "process"},
     "time": {"metrics", "transport", "worker", "split", "folders", "display"},
 }
