@@ -43,13 +43,14 @@ MAY = {
     "rendezvous": "errors loopback",
     "head": "checkpoint config data display errors messages metrics randomness",
     "greeting": "errors messages transport",
-    "worker": "errors greeting head messages metrics stage transport window",
+    "measured": "messages metrics tracing transport",
+    "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
     "randomness sometimes split stage unlocked window",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
-    "result split stage state transport worker",
+    "result split stage state tracing transport worker",
     "check": "building messages metrics result split stage unlocked",
     "started": "",
     "launcher": "loopback started",
@@ -57,7 +58,7 @@ MAY = {
     "laboratory": "building data errors session started transport worker",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started",
-    "cli": "check checkpoint config errors folders jobs launcher process started",
+    "cli": "check checkpoint config errors folders jobs launcher process started tracing",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
@@ -107,8 +108,8 @@ def test_nobody_imports_upwards() -> None:
 
 
 def test_benchmarks_see_the_settings_and_the_command_line_only() -> None:
-    """A cell is what a person can type; so what runs it needs nothing else of the package."""
-    allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors"}
+    """A cell is what a person can type; so what runs it needs nothing else of the package. And a trace may be drawn."""
+    allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
     used = {name for path in (PACKAGE.parent / "benchmarks").rglob("*.py") for name in imports(path)}
     assert not [name for name in used if name.startswith("dnipipe") and not name.startswith(tuple(allowed))]
 
