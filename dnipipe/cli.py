@@ -156,16 +156,19 @@ def _trace(options: argparse.Namespace, overrides: list[str]) -> int:
     folder = Path(options.folder)
     whole = tracing.merged(tracing.read(folder))
     shown = tracing.cut(whole, options.begin, options.end)
-    path = Path(options.output or folder / "trace" / "trace.json")
-    tracing.write_chrome(shown, path)
     for line in whole.notes():
         print(line)
-    print(f"{path}: {sum(len(trace.spans) for trace in shown.stages):,} spans, {len(shown.flows):,} messages")
-    if options.png:
-        drawn = shown if options.begin or options.end else tracing.some_batches(whole)
-        title = f"{folder.name}, {drawn.begin:.3f} to {drawn.end:.3f} s"
-        tracing.draw({title: drawn.rows()}, Path(options.png))
-        print(f"{options.png}: {title}")
+    path = Path(options.output or folder / "trace" / "trace.json")
+    try:
+        tracing.write_chrome(shown, path)
+        print(f"{path}: {sum(len(trace.spans) for trace in shown.stages):,} spans, {len(shown.flows):,} messages")
+        if options.png:
+            drawn = shown if options.begin or options.end else tracing.some_batches(whole)
+            title = f"{folder.name}, {drawn.begin:.3f} to {drawn.end:.3f} s"
+            tracing.draw({title: drawn.rows()}, Path(options.png))
+            print(f"{options.png}: {title}")
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename}: {error.strerror}; name another with -o or --png") from None
     return 0
 
 

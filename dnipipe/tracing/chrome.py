@@ -14,7 +14,6 @@ Event = dict[str, Any]
 
 def write_chrome(timeline: Timeline, path: Path) -> None:
     """One JSON file, an event a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         file.write(",\n".join(map(json.dumps, events(timeline))))

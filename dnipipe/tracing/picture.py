@@ -28,7 +28,7 @@ COLOURS = {
     "serialize": "#ff9896",
     "send": "#d62728",
     "receive": "#8b1a1a",
-    "keep": "#6b4a4a",
+    "keep": "#393b79",
     "report": "#4d4d4d",
 }
 OTHERS = "tab20"  # matplotlib's
@@ -60,7 +60,7 @@ def draw(panels: Mapping[str, Sequence[Row]], path: Path) -> None:
     names = [name.replace("_", " ") for name in colours]
     figure.legend(handles, names, loc="outside right upper", fontsize="small")
     figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)
 
 

@@ -139,8 +139,8 @@ def test_some_batches_are_from_the_middle(write: Write) -> None:
 
 
 def test_the_file_for_perfetto_is_valid(write: Write, tmp_path: Path) -> None:
-    write_chrome(merged(read(write())), tmp_path / "a" / "trace.json")
-    assert_valid(json.loads((tmp_path / "a" / "trace.json").read_text())["traceEvents"], stages=3)
+    write_chrome(merged(read(write())), tmp_path / "trace.json")
+    assert_valid(json.loads((tmp_path / "trace.json").read_text())["traceEvents"], stages=3)
 
 
 def assert_valid(events: list[chrome.Event], stages: int) -> None:
