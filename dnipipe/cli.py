@@ -1,4 +1,4 @@
-"""dnipipe train | check | export | settings.
+"""dnipipe train | check | export | trace | settings.
 
 Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
 """
@@ -77,9 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", help="folder of the run")
     export.add_argument("-o", "--output", required=True, help="file to write")
     export.set_defaults(run=_export)
+    trace = commands.add_parser(
+        "trace", help="what a run with output.trace = true spent its time on: for Perfetto, as PNG"
+    )
+    trace.add_argument("folder", help="folder of the run")
+    trace.add_argument("-o", "--output", metavar="FILE", help="JSON for https://ui.perfetto.dev [RUN/trace/trace.json]")
+    trace.add_argument("--png", metavar="FILE", help="draw the timeline; without --from and --to, of some batches")
+    moment = "a batch id, or seconds since the run began, as 1.5s"
+    trace.add_argument("--from", dest="begin", metavar="BEGIN", help=f"leave out what was before: {moment}")
+    trace.add_argument("--to", dest="end", metavar="END", help="leave out what came after, likewise")
+    trace.set_defaults(run=_trace)
     settings = commands.add_parser("settings", help="list every setting, its default and what it does")
     settings.set_defaults(run=_settings)
-    for command in (train, check, export, settings):
+    for command in (train, check, export, trace, settings):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
     return parser
 
@@ -135,6 +145,30 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"cannot read {overrides[0]!r}: export takes the run's folder and -o FILE")
     count = checkpoint.export(Path(options.folder), Path(options.output))
     print(f"{options.output}: {count} tensors, for load_state_dict(safetensors.torch.load_file(...))")
+    return 0
+
+
+def _trace(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import tracing
+
+    if overrides:
+        raise ConfigError(f"cannot read {overrides[0]!r}: trace takes the run's folder, -o, --png, --from and --to")
+    folder = Path(options.folder)
+    whole = tracing.merged(tracing.read(folder))
+    shown = tracing.cut(whole, options.begin, options.end)
+    for line in whole.notes():
+        print(line)
+    path = Path(options.output or folder / "trace" / "trace.json")
+    try:
+        tracing.write_chrome(shown, path)
+        print(f"{path}: {sum(len(trace.spans) for trace in shown.stages):,} spans, {len(shown.flows):,} messages")
+        if options.png:
+            drawn = shown if options.begin or options.end else tracing.some_batches(whole)
+            title = f"{folder.name}, {drawn.begin:.3f} to {drawn.end:.3f} s"
+            tracing.draw({title: drawn.rows()}, Path(options.png))
+            print(f"{options.png}: {title}")
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename}: {error.strerror}; name another with -o or --png") from None
     return 0
 
 

@@ -5,7 +5,8 @@
     │   ├── ConfigError       a setting: unknown, of a wrong type, out of range, at odds with another
     │   ├── SplitError        the model cannot be cut as asked
     │   ├── DataError         data missing, malformed, or labels outside the classes
-    │   └── CheckpointError   nothing to resume from, or not this model's
+    │   ├── CheckpointError   nothing to resume from, or not this model's
+    │   └── TraceError        a run's trace is missing, damaged, or not all of one run
     └── RunError              exit status 1: the run cannot go on
         ├── PeerError         between two neighbours
         │   ├── HandshakeError  the neighbour's Hello does not fit; says which field differs
@@ -45,6 +46,10 @@ class DataError(UsageError):
 
 class CheckpointError(UsageError):
     """There is no complete checkpoint, or it belongs to another model."""
+
+
+class TraceError(UsageError):
+    """A run's trace is missing, damaged, or not all of one run."""
 
 
 class RunError(DnipipeError):

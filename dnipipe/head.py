@@ -94,15 +94,14 @@ class Head:
             drawn = iter(self.task.train)
             for _ in range(len(self.task.train)):
                 batch += 1
-                with self.metrics.clock.span("data"):
-                    reseed(self.config.train.seed, "data", batch)
-                    pair = next(drawn, None)
-                    if pair is None:
-                        raise DataError(
-                            f"the training data ended at batch {batch}, though its length is {len(self.task.train)}: "
-                            "its __len__ and its batches disagree"
-                        )
-                    x, y = check_batch(pair, self.task.classes, batch)
+                reseed(self.config.train.seed, "data", batch)
+                pair = next(drawn, None)
+                if pair is None:
+                    raise DataError(
+                        f"the training data ended at batch {batch}, though its length is {len(self.task.train)}: "
+                        "its __len__ and its batches disagree"
+                    )
+                x, y = check_batch(pair, self.task.classes, batch)
                 if batch > self.start:
                     yield batch, x, y
                 if batch == self.total:
@@ -118,8 +117,7 @@ class Head:
             if self.interrupted:  # an unfinished evaluation is none
                 del self._open[batch]
                 return
-            with self.metrics.clock.span("data"):
-                x, y = check_batch(pair, self.task.classes, number)
+            x, y = check_batch(pair, self.task.classes, number)
             self._asked += 1
             ids.append(self._asked)
             yield Evaluation(self._asked, x, y)
@@ -182,4 +180,5 @@ class Head:
         """Every stage has saved: the manifest makes it a checkpoint."""
         del self._saved[batch]
         settings: dict[str, Any] = dict(flat(self.config))
-        checkpoint.complete(self.run, batch, self.config.pipeline.stages, settings, self.config.checkpoint.keep)
+        with self.metrics.clock.span("checkpoint"):
+            checkpoint.complete(self.run, batch, self.config.pipeline.stages, settings, self.config.checkpoint.keep)

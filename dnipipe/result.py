@@ -47,6 +47,10 @@ def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]
     for stage in summary["stage"]:
         for reason, count in stage["reasons"].items():
             print(f"skipped {count} batches in stage {stage['index']}: {reason}")
+        if stage["untraced"]:
+            print(f"trace   of stage {stage['index']} is full: {stage['untraced']:,} later spans and messages left out")
+    if not config.output.quiet:
+        print("\n".join(spent(summary["stage"])))
     if head.evaluation:
         print(_evaluated(config, task, *head.evaluation))
     if head.sample and not config.output.quiet:
@@ -56,6 +60,15 @@ def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]
         print(f"next    dnipipe export {run} -o model.safetensors")
         print(f"        dnipipe train {run / 'config.toml'} --rule.name wait        the same, synchronously")
         print("        dnipipe settings                                     everything that can be set")
+
+
+def spent(stages: list[dict[str, Any]]) -> Iterator[str]:
+    """What each stage spent its time on, in per cent of all of it: a column a stage, each adds up to 100."""
+    yield "time, %      " + "".join(f"{'stage ' + str(stage['index']):>9}" for stage in stages)
+    for label in stages[0]["shares"]:
+        shares = [100 * stage["shares"][label] for stage in stages]
+        if label == "unaccounted" or max(shares) >= 0.05:
+            yield f"  {label.replace('_', ' '):11}" + "".join(f"{share:9.1f}" for share in shares)
 
 
 def _evaluated(config: Config, task: Task, loss: float, accuracy: float | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,11 +38,12 @@ from dnipipe.folders import INITIAL, check_unused, write_config
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
 from dnipipe.messages import Hello
-from dnipipe.metrics import JsonLines, StageMetrics
+from dnipipe.metrics import Clock, JsonLines, StageMetrics
 from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
+from dnipipe.tracing.writer import Trace
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
@@ -90,7 +92,8 @@ def work(job: Job, resume: bool = False) -> Path:
         stack.callback(sockets.cleanup)
         with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = build(job, model, agreed, meeting.rank)
-            transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name)))
+            clock = stage.metrics.clock
+            transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name), clock))
         head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
         worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
         with interruptible(worker):
@@ -127,6 +130,8 @@ def worker_of(
     """The loop of one stage, with what it writes."""
     folder, plan = Path(agreed.folder), agreed.plan
     log = JsonLines(folder / "metrics" / f"stage-{stage.index}.jsonl")
+    path = folder / "trace" / f"stage-{stage.index}.jsonl"
+    trace = Trace(path, stage.index, stage.stages) if settings.output.trace else None
     try:
         yield Worker(
             stage,
@@ -138,9 +143,12 @@ def worker_of(
             timeout=settings.transport.timeout,
             report_every=settings.output.every,
             head=head,
+            trace=trace,
         )
     finally:
         log.close()
+        if trace:
+            trace.close()
 
 
 @contextmanager
@@ -185,6 +193,8 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
             "raise train.batches or train.epochs to go on"
         )
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
+    if settings.output.trace:  # of the start before: times of two starts do not make one timeline
+        shutil.rmtree(folder / "trace", ignore_errors=True)
     if not job.script:
         write_config(folder, settings)
     elif not resume:
@@ -210,7 +220,9 @@ def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
 
 
 @contextmanager
-def _opened(meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: Path) -> Iterator[Transport]:
+def _opened(
+    meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: Path, clock: Clock
+) -> Iterator[Transport]:
     """This stage's two edges: it binds the one to the next stage, and connects to the one before."""
     if meeting.world == 1:
         yield pipeline(1, capacity=1, timeout=settings.transport.timeout)[0]
@@ -222,6 +234,8 @@ def _opened(meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: P
         timeout=settings.transport.timeout,
         max_message=settings.transport.max_message * 2**20,
         names=names,
+        packing=clock.span("serialize"),
+        full=clock.span("wait_send"),
     )
     try:
         if meeting.rank < meeting.world - 1:

@@ -97,6 +97,7 @@ class Stage:
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
+        self._rule_now = metrics.clock.span("loss" if self.last else "predictor")
         self.updates = 0
         self.late = 0  # updates between the last batch whose gradient came and that gradient
         self.last_batch = 0
@@ -140,15 +141,16 @@ class Stage:
         self._mode(training=True)
         rule = self.rule.at(batch)
         x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and rule.teaches)
-        self.descent.lean(self.late)
-        with self.metrics.clock.span("forward"):
+        with self.metrics.clock.span("optimizer"):
+            self.descent.lean(self.late)
             stash = None if rule.stash is None or self.last else Stash(self.module)
-            held = stash if self.graphs.room else None  # the weights under a graph that may wait
+        held = stash if self.graphs.room else None  # the weights under a graph that may wait
+        with self.metrics.clock.span("forward"):
             h = self._forward(batch, x, stash, held)  # 1
         out = h.detach()
         if not self.last:
             yield Activation(batch, out, y)  # 2
-        with self.metrics.clock.span("predictor"):
+        with self._rule_now:
             use = rule.now(batch, out, y)  # 3
         skip, use = (use, None) if isinstance(use, Skip) else (None, use)
         done = skip or (use and use.update and use.send and not rule.again)
@@ -157,7 +159,8 @@ class Stage:
             yield from self._skip(batch, skip.why)
         elif use:
             yield from self._apply(batch, x, h, use, stash=held, again=held is not None and not done)  # 4
-        self.descent.stand()
+        with self.metrics.clock.span("optimizer"):
+            self.descent.stand()
         answered = use is not None and use.send
         pending = Pending(
             x=None if done else x if held else x.detach(),
@@ -237,7 +240,8 @@ class Stage:
             missed = found.pop(0)
             assert pending.back is not None
             yield Gradient(batch, pending.back if missed is None else pending.back + mend.bp_lambda * missed)
-        self.descent.join(list(named.values()), found, mend.weight, mend.age, self.last_batch)
+        with self.metrics.clock.span("optimizer"):
+            self.descent.join(list(named.values()), found, mend.weight, mend.age, self.last_batch)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""
@@ -282,13 +286,13 @@ class Stage:
 
     def on_evaluation(self, message: Evaluation) -> Iterator[Message]:
         self._mode(training=False)
-        with self.metrics.clock.span("forward"), torch.no_grad():
+        with self.metrics.clock.span("evaluation"), torch.no_grad():
             h = self.module(message.x.to(self.device))
+            if self.last and message.y is not None:
+                h = score(h, message.y.to(self.device), self.loss)
         if not self.last:
             self.evaluating.add(message.batch)
-            yield Evaluation(message.batch, h, message.y)
-        else:
-            yield Answer(message.batch, h if message.y is None else score(h, message.y.to(self.device), self.loss))
+        yield Answer(message.batch, h) if self.last else Evaluation(message.batch, h, message.y)
 
     def on_answer(self, message: Answer) -> Iterator[Message]:
         if message.batch not in self.evaluating:

@@ -20,9 +20,11 @@ from dataclasses import replace
 from dnipipe.errors import DnipipeError, PeerLost, PeerStopped, RunError, WaitTimeout, told
 from dnipipe.greeting import check_hello
 from dnipipe.head import Head
+from dnipipe.measured import MeasuredTransport
 from dnipipe.messages import Activation, Checkpoint, Evaluation, Gradient, Hello, Input, Message, Report, Saved, Stop
 from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.stage import Stage
+from dnipipe.tracing.writer import Trace
 from dnipipe.transport import Side, Transport
 from dnipipe.window import Window
 
@@ -36,6 +38,7 @@ class Worker:
         save: writes the stage's part of the checkpoint of a batch.
         timeout: the longest wait for a neighbour, seconds.
         head: stage 0's script; None elsewhere.
+        trace: where every span and message is written down.
         report_every: seconds between two lines of metrics.
     """
 
@@ -51,9 +54,11 @@ class Worker:
         timeout: float,
         report_every: float,
         head: Head | None = None,
+        trace: Trace | None = None,
     ) -> None:
-        self.stage, self.transport, self.window, self.metrics, self.log = stage, transport, window, metrics, log
-        self.save, self.timeout, self.report_every, self.head = save, timeout, report_every, head
+        self.stage, self.window, self.metrics, self.log = stage, window, metrics, log
+        self.transport = MeasuredTransport(transport, stage.index, metrics.clock, trace)
+        self.save, self.timeout, self.report_every, self.head, self.trace = save, timeout, report_every, head, trace
         self.stopping = False  # Stop has been seen: nothing more comes from before
         self.finals = 0  # final reports that came up from the stages behind
         self.interrupted_at: float | None = None
@@ -75,10 +80,10 @@ class Worker:
         Raises whatever ends the run early, after telling both neighbours why.
         """
         self.metrics.begin()
+        self.metrics.clock.record = self.trace.span if self.trace else None
         try:
             for message in self.inbox():
-                for out in self.stage.handle(message):
-                    self.send(out)
+                self._handle(message)
             self._finish()
         except BaseException as error:
             cause = self._first_cause(error)
@@ -87,17 +92,26 @@ class Worker:
                 raise
             raise cause from error
 
+    def _handle(self, message: Message) -> None:
+        # of training: the ids of evaluations are their own
+        self.metrics.clock.batch = (
+            message.batch if isinstance(message, (Activation, Input, Gradient, Checkpoint)) else 0
+        )
+        with self.metrics.clock.span("keep"):
+            for out in self.stage.handle(message):
+                self.send(out)
+        self.metrics.clock.batch = 0
+
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
         """Route what the stage yields: batches and markers down, the rest up; at stage 0 its head takes that."""
-        with self.metrics.clock.span("send"):
-            if isinstance(message, (Activation, Input, Evaluation, Checkpoint)):
-                self.transport.send(Side.NEXT, message)
-                return
-            if isinstance(message, Gradient) and message.batch in self._starved:
-                self._starved.discard(message.batch)
-                message = replace(message, starved=True)
+        if isinstance(message, (Activation, Input, Evaluation, Checkpoint)):
+            self.transport.send(Side.NEXT, message)
+            return
+        if isinstance(message, Gradient) and message.batch in self._starved:
+            self._starved.discard(message.batch)
+            message = replace(message, starved=True)
         if isinstance(message, Saved) and message.stage == self.index:
             with self.metrics.clock.span("checkpoint"):
                 try:
@@ -105,10 +119,10 @@ class Worker:
                 except OSError as error:
                     raise RunError(f"cannot save the checkpoint of batch {message.batch}: {error}") from error
         if self.head:
-            self.head.take(message)
+            with self.metrics.clock.span("report"):
+                self.head.take(message)
         else:
-            with self.metrics.clock.span("send"):
-                self.transport.send(Side.PREVIOUS, message)
+            self.transport.send(Side.PREVIOUS, message)
 
     def _first_cause(self, error: BaseException) -> BaseException:
         """Of a neighbour that failed, the end of the connection may be noticed before the reason that it sent."""
@@ -143,20 +157,23 @@ class Worker:
         self._tick()
         room = self.stage.room(self.window.size)
         feeding = self.head is not None and room and not self.stopping
-        sides, idle = self._sides(room), self.metrics.clock.span("idle")
-        waits = idle.entered
-        with self.metrics.clock.span("receive"):
-            got = self.transport.receive(sides, 0.0 if feeding else self._until_due(), idle)
+        sides, wait = self._sides(room), self.metrics.clock.span(self._awaited(room))
+        waits = wait.entered
+        got = self.transport.receive(sides, 0.0 if feeding else self._until_due(), wait)
         if got is None and feeding:
             assert self.head is not None
-            fed = self.head.next()
+            with self.metrics.clock.span("data"):
+                fed = self.head.next()
             if fed is not None:
                 self._waiting_since = None
                 return fed
-            with self.metrics.clock.span("receive"):
-                got = self.transport.receive(sides, self._until_due(), idle)
-        waited = idle.entered > waits
+            got = self.transport.receive(sides, self._until_due(), wait)
+        waited = wait.entered > waits
         return self._received(*got, waited, room) if got else None
+
+    def _awaited(self, room: bool) -> str:
+        """What a wait that begins now is for, as the clock calls it."""
+        return "wait_end" if self.stopping else "wait_input" if room else "wait_window"
 
     def _until_due(self) -> float:
         """Seconds until a report or a limit is: no wait is longer. Never 0, which means to look and not to wait."""
@@ -217,10 +234,10 @@ class Worker:
             if isinstance(message, Stop):
                 self._stop(message)
             elif message is not None and not self._is_final(message):
-                for out in self.stage.handle(message):
-                    self.send(out)
+                self._handle(message)
         self._report()
-        self.send(Report(self.index, self.stage.last_batch, self.metrics.totals(), final=True))
+        untraced = {"untraced": float(self.trace.dropped)} if self.trace else {}
+        self.send(Report(self.index, self.stage.last_batch, self.metrics.totals() | untraced, final=True))
 
     # -- limits and reports ------------------------------------------------------------------------------------
 
@@ -261,8 +278,11 @@ class Worker:
         )
 
     def _report(self) -> None:
-        numbers = self.metrics.numbers(self.stage.in_flight, self.window.size)
-        self.log.write(self.stage.last_batch, numbers)
+        with self.metrics.clock.span("report"):
+            numbers = self.metrics.numbers(self.stage.in_flight, self.window.size)
+            self.log.write(self.stage.last_batch, numbers)
+            if self.trace:
+                self.trace.flush()
         self.send(Report(self.index, self.stage.last_batch, numbers))
 
     # -- the first words ---------------------------------------------------------------------------------------

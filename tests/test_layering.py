@@ -13,6 +13,7 @@ MAY = {
     "messages": "",
     "config": "errors",
     "metrics": "errors",
+    "tracing": "errors",
     "codec": "messages errors",
     "transport": "messages errors codec",
     "heads": "",
@@ -42,13 +43,14 @@ MAY = {
     "rendezvous": "errors loopback",
     "head": "checkpoint config data display errors messages metrics randomness",
     "greeting": "errors messages transport",
-    "worker": "errors greeting head messages metrics stage transport window",
+    "measured": "messages metrics tracing transport",
+    "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
     "randomness sometimes split stage stash unlocked window",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
-    "result split stage state transport worker",
+    "result split stage state tracing transport worker",
     "check": "building messages metrics result split stage unlocked",
     "started": "",
     "launcher": "loopback started",
@@ -56,7 +58,7 @@ MAY = {
     "laboratory": "building data errors session started transport worker",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started",
-    "cli": "check checkpoint config errors folders jobs launcher process started",
+    "cli": "check checkpoint config errors folders jobs launcher process started tracing",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
@@ -65,6 +67,7 @@ FOREIGN = {  # libraries that only these may import
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
+    "matplotlib": {"tracing"},
     "torch.distributed": {"loopback", "rendezvous", "launcher", "process"},
     "time": {"metrics", "transport", "worker", "split", "folders", "display"},
 }
@@ -105,11 +108,11 @@ def test_nobody_imports_upwards() -> None:
 
 
 def test_benchmarks_see_the_settings_and_the_command_line() -> None:
-    """A cell is what a person can type; so what runs it needs nothing else of the package.
+    """A cell is what a person can type; so what runs it needs nothing else of the package. And a trace may be drawn.
 
     But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of.
     """
-    allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors"}
+    allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
     parts = allowed | {f"dnipipe.{name}" for name in ("building", "data", "models", "optim", "process")}
     folder = PACKAGE.parent / "benchmarks"
     for path in folder.rglob("*.py"):

@@ -3,8 +3,8 @@
 clock ◄─ measures: StageMetrics ─► numbers, totals ─► files: metrics/stage-k.jsonl, TensorBoard, summary.json
 """
 
-from dnipipe.metrics.clock import LABELS, Clock
+from dnipipe.metrics.clock import LABELS, WAITS, Clock
 from dnipipe.metrics.files import JsonLines, TensorBoard, summary, write_json
 from dnipipe.metrics.measures import FOLD, StageMetrics
 
-__all__ = ["FOLD", "LABELS", "Clock", "JsonLines", "StageMetrics", "TensorBoard", "summary", "write_json"]
+__all__ = ["FOLD", "LABELS", "WAITS", "Clock", "JsonLines", "StageMetrics", "TensorBoard", "summary", "write_json"]

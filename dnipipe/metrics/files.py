@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dnipipe.errors import ConfigError
+from dnipipe.metrics.clock import shares
 
 
 class JsonLines:
@@ -91,6 +92,8 @@ def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
         **{name: int(numbers[name]) for name in ("batches", "samples", "skipped")},
         **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead", "overhead_of_work")},
         **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness", "at_once", "input_error")},
+        "untraced": int(numbers["untraced"]) if "untraced" in numbers else None,
+        "shares": shares(nested["seconds"]),
         "seconds": nested["seconds"],
         "processor": nested["processor"],
         "reasons": {reason: int(count) for reason, count in nested["skipped"].items()},

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dnipipe.metrics.clock import LABELS, Clock, shares
+from dnipipe.metrics.clock import LABELS, Clock, spending
 
 FOLD = 256  # gradients whose dot products are kept one by one
 COMPARED = 4  # one gradient in so many is compared with its prediction: it costs a tenth of a millisecond
@@ -77,7 +77,7 @@ class StageMetrics:
 
     def begin(self) -> None:
         """The run starts here: what lies before (waiting for the neighbours to come up) is nobody's time."""
-        self.clock = Clock(self.clock.now, self.clock.worked)
+        self.clock.restart()
         self._before = self.clock.seconds(), self.clock.processor()
 
     def trained(self, batch: int, samples: int, at_once: bool = True) -> None:
@@ -97,9 +97,10 @@ class StageMetrics:
         self._uncompared -= 1
         if predicted is not None and self._uncompared < 0:
             self._uncompared = COMPARED - 1
-            self._dots.append(dots(predicted, g))
-            if len(self._dots) >= FOLD:
-                self._fold()
+            with self.clock.span("report"):
+                self._dots.append(dots(predicted, g))
+                if len(self._dots) >= FOLD:
+                    self._fold()
 
     def input_guessed(self, guessed: Tensor, h: Tensor) -> None:
         """What the stage trained on as its input, and what really came. Both (B, D...)."""
@@ -117,7 +118,7 @@ class StageMetrics:
         """What happened since the last call, for a line of metrics. Absent: not measured, or not finite."""
         self._read()
         after, lately = (self.clock.seconds(), self.clock.processor()), self._lately
-        spent = shares(*({k: b[k] - a[k] for k in LABELS} for a, b in zip(self._before, after, strict=True)))
+        spent = spending(*({k: b[k] - a[k] for k in LABELS} for a, b in zip(self._before, after, strict=True)))
         found = {
             "stage": self.stage,
             "batches": lately.batches,
@@ -137,7 +138,7 @@ class StageMetrics:
         """The whole run, as flat numbers; `skipped.REASON` counts one reason. Absent: not measured, or not finite."""
         self._read()
         every = self._all + self._lately
-        found = {**shares(self.clock.seconds(), self.clock.processor()), **every.means()}
+        found = {**spending(self.clock.seconds(), self.clock.processor()), **every.means()}
         found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
         return _finite(found | {f"skipped.{reason}": count for reason, count in self.skipped.items()})
 

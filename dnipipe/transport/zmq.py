@@ -43,13 +43,24 @@ class ZmqTransport:
         timeout: seconds that `send` waits for room.
         max_message: largest tensor, bytes.
         names: what errors call the neighbours, e.g. {Side.NEXT: "stage 2"}.
+        packing, full: within these a message is written and read as frames, and `send` waits for room, so that its
+            owner can tell one from the other.
     """
 
     def __init__(
-        self, run: str, *, queue: int, timeout: float, max_message: int, names: Mapping[Side, str] | None = None
+        self,
+        run: str,
+        *,
+        queue: int,
+        timeout: float,
+        max_message: int,
+        names: Mapping[Side, str] | None = None,
+        packing: AbstractContextManager[object] = AT_EASE,
+        full: AbstractContextManager[object] = AT_EASE,
     ) -> None:
         self.run, self.queue, self.timeout, self.max_message = run, queue, timeout, max_message
         self.names = {side: f"the {side.value} stage" for side in Side} | dict(names or {})
+        self.packing, self.full = packing, full
         self.dropped: Counter[str] = Counter()  # messages thrown away, by reason
         self._context = zmq.Context(io_threads=1)  # 1: one feeds 2 GB/s and more
         self._context.set(zmq.MAX_SOCKETS, 16)  # two sockets, two monitors with two ends each, and the library's own
@@ -103,7 +114,8 @@ class ZmqTransport:
         edge = self._edges[side]
         edge.watch_now_and_then()
         edge.check()
-        frames = codec.encode(message, self.run, edge.sent)
+        with self.packing:
+            frames = codec.encode(message, self.run, edge.sent)
         largest = max(map(len, frames[1:]), default=0)
         if largest > self.max_message:
             raise MessageError(
@@ -122,7 +134,8 @@ class ZmqTransport:
                     f"waited {self.timeout:g} s (transport.timeout) to send a {type(message).__name__} of batch "
                     f"{getattr(message, 'batch', None)} to {edge.name}, which takes nothing more; {edge.history()}"
                 )
-            self._poll(self._poller([], edge.socket), [edge], left)
+            with self.full:
+                self._poll(self._poller([], edge.socket), [edge], left)
         edge.count_sent(message)
 
     # -- receiving ---------------------------------------------------------------------------------------------
@@ -161,12 +174,13 @@ class ZmqTransport:
             frames = edge.get()
             if frames is None:
                 break
-            header = codec.read_header(frames[0].buffer)
-            if header.run != self.run:
-                self.dropped["another run"] += 1
-                continue
-            edge.check_order(header.seq)
-            message = codec.read_body(header, [frame.buffer for frame in frames[1:]], self.max_message)
+            with self.packing:
+                header = codec.read_header(frames[0].buffer)
+                if header.run != self.run:
+                    self.dropped["another run"] += 1
+                    continue
+                edge.check_order(header.seq)
+                message = codec.read_body(header, [frame.buffer for frame in frames[1:]], self.max_message)
             edge.count_received(message)
             return message
         return None

@@ -48,7 +48,7 @@ def over_the_wire(numbers: dict[str, float]) -> dict[str, float]:
 def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     time = Time()
     metrics = measured(time)
-    with metrics.clock.span("idle"):
+    with metrics.clock.span("wait_input"):
         time.passes(1)
     time.passes(3)
     metrics.trained(1, 8)
@@ -65,7 +65,10 @@ def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     assert (first["index"], first["batches"], first["busy_seconds"], first["idle_seconds"]) == (0, 1, 3, 1)
     assert (first["cosine"], first["norm_ratio"], first["staleness"]) == (pytest.approx(1), 1, 2)
     assert (first["skipped"], first["reasons"]) == (1, {"loss not finite": 1})
-    assert first["seconds"]["overhead"] == 3 and set(first["seconds"]) == set(first["processor"]) == set(LABELS)
+    assert first["seconds"]["unaccounted"] == 3
+    assert set(first["seconds"]) == set(first["processor"]) == set(first["shares"]) == set(LABELS)
+    assert first["shares"]["unaccounted"] == 0.75 and sum(first["shares"].values()) == 1
+    assert first["untraced"] is None
     assert (second["cosine"], second["norm_ratio"], second["staleness"], second["skipped"]) == (None, None, None, 0)
     counts = [first["batches"], first["samples"], first["skipped"], *first["reasons"].values(), *told["train"].values()]
     assert [type(count) for count in counts[:6]] == [int] * 6  # 1, not 1.0

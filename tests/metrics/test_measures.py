@@ -106,7 +106,7 @@ def test_a_line_tells_of_its_interval_and_the_totals_of_the_run() -> None:
     metrics = measured(time)
     with metrics.clock.span("forward"):
         time.passes(3)
-    with metrics.clock.span("idle"):
+    with metrics.clock.span("wait_input"):
         time.passes(1)
     metrics.trained(1, 8)
     metrics.loss(torch.tensor(4.0), 10)

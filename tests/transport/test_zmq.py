@@ -19,6 +19,7 @@ import zmq
 from dnipipe import codec
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
 from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Stop
+from dnipipe.metrics import Clock
 from dnipipe.transport.zmq import ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Zmq, assert_lost, assert_same, batches, take
 from tests.transport.relay import Relay, free_port
@@ -51,6 +52,23 @@ def test_nobody_there_is_a_wait_timeout(zeromq: Zmq) -> None:
     alone.listen(zeromq.address())
     with pytest.raises(WaitTimeout, match=r"0.1 s .* batch 5 to stage n"):
         alone.send(NEXT, Checkpoint(5))
+
+
+def test_its_owner_can_tell_packing_and_a_full_queue_from_the_rest(zeromq: Zmq) -> None:
+    a, b = zeromq.chain()
+    alone = zeromq.one(timeout=0.1)
+    alone.listen(zeromq.address())
+    clocks = {transport: Clock() for transport in (a, b, alone)}
+    for transport, clock in clocks.items():
+        transport.packing, transport.full = clock.span("serialize"), clock.span("wait_send")  # type: ignore[attr-defined]
+    for k in range(3):
+        a.send(NEXT, Activation(k, torch.zeros(20), torch.zeros(1)))
+        take(b, PREVIOUS)
+    with pytest.raises(WaitTimeout):
+        alone.send(NEXT, Checkpoint(5))
+    entered = {label: [clock.span(label).entered for clock in clocks.values()] for label in ("serialize", "wait_send")}
+    assert entered["serialize"] == [3, 3, 1]  # written, read, written
+    assert entered["wait_send"][1] == 0 and entered["wait_send"][2] > 0  # the first may have waited for the second
 
 
 def test_errors_say_who_and_what_was_last(zeromq: Zmq) -> None:

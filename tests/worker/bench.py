@@ -25,6 +25,7 @@ from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradien
 from dnipipe.metrics import JsonLines
 from dnipipe.predictors import VFBN
 from dnipipe.stage import Stage
+from dnipipe.tracing import Trace
 from dnipipe.transport import AT_EASE, Side
 from dnipipe.transport.local import LocalTransport, pipeline
 from dnipipe.window import Window
@@ -154,7 +155,9 @@ def a_worker(stage: Stage, wire: Watched, folder: Path, **options: Any) -> Worke
     window = options.pop("window", 1)
     log = JsonLines(folder / f"stage-{stage.index}.jsonl")
     save = options.pop("save", lambda batch: wire.log.append(f"saved {batch}"))
-    options = {"timeout": 60.0, "report_every": NEVER} | options
+    path = folder / "trace" / f"stage-{stage.index}.jsonl"
+    trace = Trace(path, stage.index, stage.stages) if options.pop("traced", False) else None
+    options = {"timeout": 60.0, "report_every": NEVER, "trace": trace} | options
     return Worker(
         stage, wire, window if isinstance(window, Window) else Window(window), stage.metrics, log, save, **options
     )
@@ -234,6 +237,8 @@ class Crew:
             finally:
                 wire.close()
                 worker.log.close()
+                if worker.trace:
+                    worker.trace.close()
 
         pairs = zip(self.workers, self.wires, strict=True)
         threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in pairs]

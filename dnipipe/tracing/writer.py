@@ -1,0 +1,85 @@
+"""One process's part of a trace: spans and messages as lines of JSON, in RUN/trace/stage-K.jsonl (docs/files.md).
+
+{"trace": 1, "stage": 1, "stages": 4, "clock": "…"}     which machine's clock the times are of
+["forward", 5120031422, 5121544170, 17]                 a span: begin and end in nanoseconds, batch id or 0
+[">", 2, "Activation", 17, 5121550907]                  a message to stage 2; "<" is one from it
+{"spans": 812, "messages": 260, "dropped": 0}           the end
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+FORMAT = 1
+LIMIT = 250_000  # lines of a file, some 10 MB: four stages' are about what a viewer loads
+SENT, RECEIVED = ">", "<"
+
+
+class Trace:
+    """Keeps lines in memory until `flush`, and at most LIMIT of them in all: the rest is counted as `dropped`.
+
+    Args:
+        stage, stages: k and K.
+    """
+
+    def __init__(self, path: Path, stage: int, stages: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+        self._spans: list[tuple[str, float, float, int]] = []
+        self._messages: list[tuple[str, int, str, int, float]] = []
+        self._written = {"spans": 0, "messages": 0}
+        self._left = LIMIT
+        self.dropped = 0
+        self._line({"trace": FORMAT, "stage": stage, "stages": stages, "clock": clock_of_this_machine()})
+
+    def span(self, label: str, begin: float, end: float, batch: int) -> None:
+        """What the time from begin to end was spent on, seconds; the batch id, or 0. As Clock.record."""
+        if self._room():
+            self._spans.append((label, begin, end, batch))
+
+    def message(self, way: str, peer: int, kind: str, batch: int, at: float) -> None:
+        """A message was SENT to stage `peer`, or RECEIVED from it, at `at` seconds: within a span of its own."""
+        if self._room():
+            self._messages.append((way, peer, kind, batch, at))
+
+    def _room(self) -> bool:
+        if self._left == 0:
+            self.dropped += 1
+            return False
+        self._left -= 1
+        return True
+
+    def flush(self) -> None:
+        """Write what is kept. Names need no quoting: they are our own labels and types of messages."""
+        lines = [f'["{label}", {_ns(begin)}, {_ns(end)}, {batch}]\n' for label, begin, end, batch in self._spans]
+        lines += [f'["{way}", {peer}, "{kind}", {batch}, {_ns(at)}]\n' for way, peer, kind, batch, at in self._messages]
+        self._file.write("".join(lines))
+        self._file.flush()
+        self._written["spans"] += len(self._spans)
+        self._written["messages"] += len(self._messages)
+        self._spans, self._messages = [], []
+
+    def close(self) -> None:
+        self.flush()
+        self._line({**self._written, "dropped": self.dropped})
+        self._file.close()
+
+    def _line(self, value: dict[str, object]) -> None:
+        self._file.write(json.dumps(value) + "\n")
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def clock_of_this_machine() -> str:
+    """Processes with the same answer read the same clock: that of one boot of one machine.
+
+    (Python's perf_counter is CLOCK_MONOTONIC there, which counts from the boot.)
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return platform.node()
