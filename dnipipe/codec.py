@@ -1,8 +1,11 @@
 """A message as frames, and back: one small msgpack header, then the raw bytes of each tensor.
 
-    frame 0   {"protocol": 1, "run": …, "seq": …, "type": "Activation",
-               "fields": {"batch": 7, "x": ["float32", [32, 128]], "y": ["int64", [32]]}}        at most 4096 bytes
-    frame 1   the bytes of x                    frame 2   the bytes of y                         little-endian, C order
+    frame 0   {"protocol": 2, "run": …, "seq": …, "type": "Activation",
+               "fields": {"batch": 7, "x": ["int8", [32, 128]], "y": ["int64", [32]], "scale": ["float32", [32, 1]]}}
+    frame 1   the bytes of x                    frame 2   the bytes of y                  frame 3   those of scale
+
+Frame 0 has at most 4096 bytes; the bytes of tensors are little-endian, in C order. A tensor that is None (here a scale,
+if x travels as it is) has no frame.
 
 No pickle, and no copy of a tensor that lies contiguous in the main memory: a frame is a view of it, and a decoded
 tensor is a view of its frame. What comes in is checked field by field before it is used, and before memory is reserved

@@ -16,7 +16,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,7 @@ class Activation:
     batch: int  # batch id, strictly increasing, given by stage 0
     x: Tensor  # (B, D...) the receiver's input
     y: Tensor  # (B, ...) labels
+    scale: Tensor | None = None  # (B, ..., 1) of x's rows while it travels rounded (wire.py); no stage sees one
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ class Gradient:
     batch: int
     g: Tensor | None  # (B, D...) d(mean loss over the batch)/d(element of h); None: none was made for this batch
     starved: bool = False  # the sender had been idle, waiting for this very activation
+    scale: Tensor | None = None  # (B, ..., 1) of g's rows, as in Activation
 
 
 @dataclass(frozen=True, eq=False)

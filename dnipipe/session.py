@@ -28,6 +28,7 @@ from dnipipe.building import (
     plan_for,
     total_batches,
     window_of,
+    wired,
 )
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
@@ -129,7 +130,7 @@ def worker_of(
     try:
         yield Worker(
             stage,
-            transport,
+            wired(settings, plan, stage.index, transport),
             window_of(settings, plan, stage.index),
             stage.metrics,
             log,
@@ -239,16 +240,8 @@ def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Si
     hellos = {}
     for side, lower in ((Side.PREVIOUS, k - 1), (Side.NEXT, k)):
         if 0 <= lower < plan.stages - 1:
-            layer = plan.layers_of(lower)[-1]
-            hellos[side] = Hello(
-                agreed.run_id,
-                k,
-                plan.stages,
-                meeting.incarnation,
-                agreed.settings,
-                plan.shapes[layer],
-                plan.dtypes[layer],
-            )
+            dtype, shape = plan.h(lower)
+            hellos[side] = Hello(agreed.run_id, k, plan.stages, meeting.incarnation, agreed.settings, shape, dtype)
     return hellos
 
 

@@ -15,6 +15,7 @@ MAY = {
     "metrics": "errors",
     "codec": "messages errors",
     "transport": "messages errors codec",
+    "wire": "config errors messages transport",
     "heads": "",
     "lessons": "",
     "nets": "",
@@ -45,11 +46,11 @@ MAY = {
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
     "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
-    "randomness sometimes split stage unlocked window",
+    "randomness sometimes split stage transport unlocked window wire",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage state transport worker",
-    "check": "building messages metrics result split stage unlocked",
+    "check": "building config messages metrics result split stage unlocked wire",
     "started": "",
     "launcher": "loopback started",
     "jobs": "building config data models optim",

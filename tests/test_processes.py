@@ -132,6 +132,16 @@ def test_wait_over_processes_is_plain_autograd_bitwise(tmp_path: Path, stages: i
     assert summary(run)["stages"] == stages
 
 
+def test_the_wire_rounds_over_processes_as_in_the_laboratory(tmp_path: Path) -> None:
+    settings = {"rule__name": "wait", "wire__activations": "float16", "wire__gradients": "int8"}
+    settings |= {"pipeline__stages": 3, "pipeline__boundaries": "2,4"}
+    for kind in ("zmq", "local"):
+        status, _, err = train(tmp_path / kind, transport__kind=kind, **settings)
+        assert status == 0, err
+    assert same(*(checkpoint.weights(tmp_path / kind) for kind in ("zmq", "local")))
+    assert not same(checkpoint.weights(tmp_path / "zmq"), plain(50, rule__name="wait"))
+
+
 def test_a_run_says_and_leaves_what_it_should(tmp_path: Path) -> None:
     run = tmp_path / "run"
     status, out, err = train(run, eval__every=20, checkpoint__every=20, transport__scheme="tcp")

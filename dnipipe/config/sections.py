@@ -181,6 +181,15 @@ class TransportSettings:
 
 
 @dataclass(frozen=True)
+class WireSettings:
+    activations: Literal["as is", "bfloat16", "float16", "int8"] = setting(
+        "as is", "how activations travel; float16 and int8 with a float32 scale a row; evaluations go as they are"
+    )
+    gradients: Literal["as is", "bfloat16", "float16", "int8"] = setting("as is", "how gradients travel")
+    gradient_every: int = setting(1, "synthetic: only each n-th batch's gradient is carried, and teaches", low=1)
+
+
+@dataclass(frozen=True)
 class Output:
     dir: str = setting("runs", "folder of all runs", local=True)
     run: str = setting("", "folder of this run (empty: a new one under output.dir)", local=True)
