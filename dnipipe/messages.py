@@ -5,8 +5,9 @@
             ◄────────────────────────────────────────
            Gradient, Answer, Saved, Report, Stop
 
-Hello goes both ways, first. Within one direction order is kept, so a marker (Checkpoint, Stop) stands exactly
-behind the batch that it follows. Shapes: B samples, D... the dimensions of one activation, whatever their number.
+Hello goes both ways, first; so does Received, of which no stage hears. Within one direction order is kept, so a marker
+(Checkpoint, Stop) stands exactly behind the batch that it follows. Shapes: B samples, D... the dimensions of one
+activation, whatever their number.
 """
 
 from __future__ import annotations
@@ -112,6 +113,13 @@ class Report:
     final: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Received:
+    """From transport to transport: the tensors of a message, which travelled apart from it, are here (gloo.py)."""
+
+    seq: int  # that message's number on the edge
+
+
 Downward = Union[Activation, Input, Evaluation, Checkpoint]
 Upward = Union[Gradient, Answer, Saved, Report]
-Message = Union[Hello, Downward, Upward, Stop]
+Message = Union[Hello, Downward, Upward, Stop, Received]

@@ -44,6 +44,7 @@ from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.transport import Side, Transport
+from dnipipe.transport.gloo import GlooTransport, choose_interface
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
 from dnipipe.worker import Worker
@@ -92,6 +93,9 @@ def work(job: Job, resume: bool = False) -> Path:
         with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = build(job, model, agreed, meeting.rank)
             transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name)))
+        if isinstance(transport, GlooTransport):
+            for side, lower in _edges(meeting).items():
+                transport.join(side, meeting.part(f"gloo/{lower}"))
         head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
         worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
         with interruptible(worker):
@@ -216,7 +220,11 @@ def _opened(meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: P
         yield pipeline(1, capacity=1, timeout=settings.transport.timeout)[0]
         return
     names = {Side.PREVIOUS: f"stage {meeting.rank - 1}", Side.NEXT: f"stage {meeting.rank + 1}"}
-    transport = ZmqTransport(
+    kind = ZmqTransport
+    if settings.transport.kind == "gloo":
+        choose_interface(meeting.machines)
+        kind = GlooTransport
+    transport = kind(
         agreed.run_id,
         queue=512,
         timeout=settings.transport.timeout,
@@ -234,14 +242,19 @@ def _opened(meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: P
         transport.close()
 
 
+def _edges(meeting: Rendezvous) -> dict[Side, int]:
+    """This stage's edges, each with the index of its first stage; that of the stage before comes first."""
+    both = {Side.PREVIOUS: meeting.rank - 1, Side.NEXT: meeting.rank}
+    return {side: lower for side, lower in both.items() if 0 <= lower < meeting.world - 1}
+
+
 def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Side, Hello]:
     """What this stage says first on each of its edges."""
     k, plan = meeting.rank, agreed.plan
     hellos = {}
-    for side, lower in ((Side.PREVIOUS, k - 1), (Side.NEXT, k)):
-        if 0 <= lower < plan.stages - 1:
-            dtype, shape = plan.h(lower)
-            hellos[side] = Hello(agreed.run_id, k, plan.stages, meeting.incarnation, agreed.settings, shape, dtype)
+    for side, lower in _edges(meeting).items():
+        dtype, shape = plan.h(lower)
+        hellos[side] = Hello(agreed.run_id, k, plan.stages, meeting.incarnation, agreed.settings, shape, dtype)
     return hellos
 
 

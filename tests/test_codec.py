@@ -23,6 +23,7 @@ from dnipipe.messages import (
     Hello,
     Input,
     Message,
+    Received,
     Report,
     Saved,
     Stop,
@@ -47,6 +48,7 @@ EXAMPLES: list[Message] = [
     Saved(13, 3),
     Report(2, 14, {"loss": 1.25, "idle": float("inf")}, final=True),
     Report(2, 14),
+    Received(15),
 ]
 
 

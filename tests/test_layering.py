@@ -66,7 +66,7 @@ FOREIGN = {  # libraries that only these may import
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
-    "torch.distributed": {"loopback", "rendezvous", "launcher", "process"},
+    "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process"},
     "time": {"metrics", "transport", "worker", "split", "folders", "display"},
 }
 
