@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe import inputs, optim, predictors, split
-from dnipipe.config import Config, phases
+from dnipipe.config import Config, WireSettings, phases
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.gradient_rules import RULES, GradientRule
@@ -32,8 +32,10 @@ from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.stash import Graphs
+from dnipipe.transport import Side, Transport
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
+from dnipipe.wire import Wire
 
 
 @dataclass(frozen=True)
@@ -186,3 +188,12 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
         budget //= 2  # the other half is for graphs
         kept += sum(plan.parameters[layer] for layer in plan.layers_of(index))
     return Window(None, limit=min(256, budget // max(1, 4 * kept)))
+
+
+def wired(settings: Config, plan: Plan, index: int, transport: Transport) -> Transport:
+    """The stage's transport, and around it what makes its tensors smaller on the way, if the settings ask for any."""
+    if settings.wire == WireSettings():
+        return transport
+    edges = {Side.PREVIOUS: index - 1, Side.NEXT: index}
+    dtypes = {side: getattr(torch, plan.h(k)[0]) for side, k in edges.items() if 0 <= k < plan.stages - 1}
+    return Wire(transport, settings.wire, dtypes)

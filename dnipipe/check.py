@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from dnipipe.building import Job, build_stage, first_batch, plan_for, total_batches
+from dnipipe.config import WireSettings
 from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.result import table
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.unlocked import UnlockedStage
+from dnipipe.wire import form_of
 
 REPEATS = 6  # batches, so that the cost of a first one does not count for much
 
@@ -32,7 +34,7 @@ def check(job: Job) -> Iterator[str]:
     yield f"data    {task.corpus}; {len(task.train)} batches an epoch, {total} to train"
     yield from table(plan)
     for k, stage in enumerate(stages[:-1]):
-        yield _edge(plan, k) + _predictor(stage, measured[k]) + _inputs(stages[k + 1], plan)
+        yield _edge(settings.wire, plan, k) + _predictor(stage, measured[k]) + _inputs(stages[k + 1], plan)
     yield f"rule    {settings.rule.name}: {REPEATS} batches went through all stages in one process"
 
 
@@ -45,14 +47,29 @@ def one_batch(stages: list[Stage], first: Activation) -> None:
             inbox.append((k - 1, out) if isinstance(out, Gradient) else (k + 1, out))
 
 
-def _edge(plan: Plan, k: int) -> str:
-    layer = plan.layers_of(k)[-1]
-    return f"edge {k} → {k + 1}  {_tensor(plan.dtypes[layer], plan.shapes[layer])} a batch each way"
+def _edge(wire: WireSettings, plan: Plan, k: int) -> str:
+    edge = f"edge {k} → {k + 1}  {_tensor(*plan.h(k))}"
+    if wire == WireSettings():
+        return f"{edge} a batch each way"
+    few = f", one in {wire.gradient_every}" if wire.gradient_every > 1 else ""
+    down, up = (_travels(way, *plan.h(k)) for way in (wire.activations, wire.gradients))
+    return f"{edge} a batch in a stage; on the wire activations {down}, gradients {up}{few}"
+
+
+def _travels(setting: str, dtype: str, shape: tuple[int, ...]) -> str:
+    form = form_of(setting, getattr(torch, dtype))
+    size = form.size(shape) if form else _size(dtype, shape)
+    return f"{setting if form else 'as they are'} {size / 1024:.4g} KiB"
 
 
 def _tensor(dtype: str, shape: tuple[int, ...]) -> str:
-    size = getattr(torch, dtype).itemsize * torch.Size(shape).numel()
-    return f"{dtype} {list(shape)}, {size / 1024:.0f} KiB"
+    return f"{dtype} {list(shape)}, {_size(dtype, shape) / 1024:.0f} KiB"
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes."""
+    itemsize: int = getattr(torch, dtype).itemsize
+    return itemsize * torch.Size(shape).numel()
 
 
 def _inputs(stage: Stage, plan: Plan) -> str:

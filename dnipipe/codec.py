@@ -1,8 +1,11 @@
 """A message as frames, and back: one small msgpack header, then the raw bytes of each tensor.
 
-    frame 0   {"protocol": 1, "run": …, "seq": …, "type": "Activation",
-               "fields": {"batch": 7, "x": ["float32", [32, 128]], "y": ["int64", [32]]}}        at most 4096 bytes
-    frame 1   the bytes of x                    frame 2   the bytes of y                         little-endian, C order
+    frame 0   {"protocol": 2, "run": …, "seq": …, "type": "Activation",
+               "fields": {"batch": 7, "x": ["int8", [32, 128]], "y": ["int64", [32]], "scale": ["float32", [32, 1]]}}
+    frame 1   the bytes of x                    frame 2   the bytes of y                  frame 3   those of scale
+
+Frame 0 has at most 4096 bytes; the bytes of tensors are little-endian, in C order. A tensor that is None (here a scale,
+if x travels as it is) has no frame.
 
 No pickle, and no copy of a tensor that lies contiguous in the main memory: a frame is a view of it, and a decoded
 tensor is a view of its frame. What comes in is checked field by field before it is used, and before memory is reserved
@@ -147,6 +150,14 @@ def read_body(header: Header, frames: Sequence[Frame], limit: int = TENSOR_LIMIT
     return message
 
 
+def sizes(header: Header, limit: int = TENSOR_LIMIT) -> list[int]:
+    """Bytes of each tensor that the header announces: checked, so what a receiver may reserve. Raises MessageError."""
+    table, fields = _TABLES[header.type], header.fields
+    _same_names(fields, table, header.type)
+    announced = [(fields[name], where) for name, (check, where) in table.items() if check is _tensor and fields[name]]
+    return [_layout(spec, limit, where)[2] for spec, where in announced]
+
+
 # -- tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -169,8 +180,8 @@ def _bytes_of(tensor: Tensor) -> Frame:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _tensor_of(spec: Any, frame: Frame, limit: int, where: str) -> Tensor:
-    """Raises MessageError before anything is reserved: the sizes are Python's numbers, which do not overflow."""
+def _layout(spec: Any, limit: int, where: str) -> tuple[str, list[int], int]:
+    """(dtype, shape, bytes). Raises MessageError before anything is reserved: Python's numbers do not overflow."""
     if type(spec) is not list or len(spec) != 2:
         raise MessageError(f"{where}: {_short(spec)} is not [dtype, shape]")
     name, shape = spec
@@ -183,11 +194,15 @@ def _tensor_of(spec: Any, frame: Frame, limit: int, where: str) -> Tensor:
         if type(size) is not int or size < 0:
             raise MessageError(f"{where}: shape {_short(shape)} holds {_short(size)}, which is no size")
         room *= size or 1
-    dtype = DTYPES[name]
-    itemsize = dtype.itemsize
+    itemsize = DTYPES[name].itemsize
     if room * itemsize > limit:
         raise MessageError(f"{where}: {name} {shape} takes {room * itemsize} bytes, the limit is {limit}")
-    wanted = math.prod(shape) * itemsize
+    return name, shape, math.prod(shape) * itemsize
+
+
+def _tensor_of(spec: Any, frame: Frame, limit: int, where: str) -> Tensor:
+    name, shape, wanted = _layout(spec, limit, where)
+    dtype = DTYPES[name]
     if wanted != len(frame):
         raise MessageError(f"{where}: {name} {shape} takes {wanted} bytes, its frame has {len(frame)}")
     if wanted == 0:

@@ -5,8 +5,9 @@
             ◄────────────────────────────────────────
            Gradient, Answer, Saved, Report, Stop
 
-Hello goes both ways, first. Within one direction order is kept, so a marker (Checkpoint, Stop) stands exactly
-behind the batch that it follows. Shapes: B samples, D... the dimensions of one activation, whatever their number.
+Hello goes both ways, first; so does Received, of which no stage hears. Within one direction order is kept, so a marker
+(Checkpoint, Stop) stands exactly behind the batch that it follows. Shapes: B samples, D... the dimensions of one
+activation, whatever their number.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class Activation:
     batch: int  # batch id, strictly increasing, given by stage 0
     x: Tensor  # (B, D...) the receiver's input
     y: Tensor  # (B, ...) labels
+    scale: Tensor | None = None  # (B, ..., 1) of x's rows while it travels rounded (wire.py); no stage sees one
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,7 @@ class Gradient:
     batch: int
     g: Tensor | None  # (B, D...) d(mean loss over the batch)/d(element of h); None: none was made for this batch
     starved: bool = False  # the sender had been idle, waiting for this very activation
+    scale: Tensor | None = None  # (B, ..., 1) of g's rows, as in Activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +113,13 @@ class Report:
     final: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Received:
+    """From transport to transport: the tensors of a message, which travelled apart from it, are here (gloo.py)."""
+
+    seq: int  # that message's number on the edge
+
+
 Downward = Union[Activation, Input, Evaluation, Checkpoint]
 Upward = Union[Gradient, Answer, Saved, Report]
-Message = Union[Hello, Downward, Upward, Stop]
+Message = Union[Hello, Downward, Upward, Stop, Received]

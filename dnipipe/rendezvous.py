@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dnipipe.errors import ConfigError, PeerStopped, WaitTimeout, told
 from dnipipe.loopback import LOOPBACK
@@ -107,6 +107,10 @@ class Rendezvous:
                 f"stage {self.rank} waited {self.timeout:g} s for {whom} to publish its {key} (transport.timeout)"
             ) from None
         return str(self.store.get(key).decode())
+
+    def part(self, name: str) -> Store:
+        """A part of the store, for those who use nothing else of it."""
+        return PrefixStore(name, self.store)
 
     def address(self, scheme: str, chosen: str, folder: Path) -> str:
         """Where to listen for the next stage: a socket file on one machine, else this machine's own address."""

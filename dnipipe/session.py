@@ -29,6 +29,7 @@ from dnipipe.building import (
     plan_for,
     total_batches,
     window_of,
+    wired,
 )
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
@@ -45,6 +46,7 @@ from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.tracing.writer import Trace
 from dnipipe.transport import Side, Transport
+from dnipipe.transport.gloo import GlooTransport, choose_interface
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
 from dnipipe.worker import Worker
@@ -94,6 +96,9 @@ def work(job: Job, resume: bool = False) -> Path:
             stage = build(job, model, agreed, meeting.rank)
             clock = stage.metrics.clock
             transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name), clock))
+        if isinstance(transport, GlooTransport):
+            for side, lower in _edges(meeting).items():
+                transport.join(side, meeting.part(f"gloo/{lower}"))
         head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
         worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
         with interruptible(worker):
@@ -135,7 +140,7 @@ def worker_of(
     try:
         yield Worker(
             stage,
-            transport,
+            wired(settings, plan, stage.index, transport),
             window_of(settings, plan, stage.index),
             stage.metrics,
             log,
@@ -228,7 +233,11 @@ def _opened(
         yield pipeline(1, capacity=1, timeout=settings.transport.timeout)[0]
         return
     names = {Side.PREVIOUS: f"stage {meeting.rank - 1}", Side.NEXT: f"stage {meeting.rank + 1}"}
-    transport = ZmqTransport(
+    kind = ZmqTransport
+    if settings.transport.kind == "gloo":
+        choose_interface(meeting.machines)
+        kind = GlooTransport
+    transport = kind(
         agreed.run_id,
         queue=512,
         timeout=settings.transport.timeout,
@@ -248,22 +257,19 @@ def _opened(
         transport.close()
 
 
+def _edges(meeting: Rendezvous) -> dict[Side, int]:
+    """This stage's edges, each with the index of its first stage; that of the stage before comes first."""
+    both = {Side.PREVIOUS: meeting.rank - 1, Side.NEXT: meeting.rank}
+    return {side: lower for side, lower in both.items() if 0 <= lower < meeting.world - 1}
+
+
 def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Side, Hello]:
     """What this stage says first on each of its edges."""
     k, plan = meeting.rank, agreed.plan
     hellos = {}
-    for side, lower in ((Side.PREVIOUS, k - 1), (Side.NEXT, k)):
-        if 0 <= lower < plan.stages - 1:
-            layer = plan.layers_of(lower)[-1]
-            hellos[side] = Hello(
-                agreed.run_id,
-                k,
-                plan.stages,
-                meeting.incarnation,
-                agreed.settings,
-                plan.shapes[layer],
-                plan.dtypes[layer],
-            )
+    for side, lower in _edges(meeting).items():
+        dtype, shape = plan.h(lower)
+        hellos[side] = Hello(agreed.run_id, k, plan.stages, meeting.incarnation, agreed.settings, shape, dtype)
     return hellos
 
 

@@ -52,6 +52,11 @@ class Plan:
         edges = (0, *self.boundaries, len(self.layers))
         return range(edges[stage], edges[stage + 1])
 
+    def h(self, stage: int) -> tuple[str, tuple[int, ...]]:
+        """(dtype, shape) of the stage's output."""
+        last = self.layers_of(stage)[-1]
+        return self.dtypes[last], self.shapes[last]
+
     def edge(self, stage: int) -> Edge:
         """What the predictor of this stage must know. Stage K-1 has none."""
         return Edge(self.shapes[self.layers_of(stage)[-1]], self.y, self.shapes[-1], self.classes)

@@ -24,6 +24,14 @@ def test_check_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "float32 [8, 16, 16], 8 KiB" in shown
 
 
+def test_check_shows_what_an_edge_carries_if_that_is_less(capsys: pytest.CaptureFixture[str]) -> None:
+    wire = {"rule__name": "synthetic", "wire__activations": "int8", "wire__gradients": "bfloat16"}
+    assert cli.main(["check", *words(pipeline__boundaries="2,3,4", wire__gradient_every=4, **wire)]) == 0
+    shown = capsys.readouterr().out
+    less = "on the wire activations int8 2.5 KiB, gradients bfloat16 4 KiB, one in 4"  # 8·16·16 + 4·8·16, and 2·8·16·16
+    assert shown.count(f"float32 [8, 16, 16], 8 KiB a batch in a stage; {less}") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words", "settings"),
     [

@@ -23,6 +23,7 @@ from dnipipe.messages import (
     Hello,
     Input,
     Message,
+    Received,
     Report,
     Saved,
     Stop,
@@ -33,6 +34,7 @@ EXAMPLES: list[Message] = [
     Hello("0123abcd", 1, 4, 2, ("model.width=96", "train.seed=λ"), (32, 64, 96), "float32"),
     Hello("r", 0, 1, 0),
     Activation(7, X, Y),
+    Activation(7, X.to(torch.int8), Y, torch.ones(3, 1)),
     Input(7, torch.arange(6, dtype=torch.int64).reshape(3, 2), Y),
     Evaluation(8, X, Y),
     Evaluation(8, X, None),
@@ -40,11 +42,13 @@ EXAMPLES: list[Message] = [
     Stop(10),
     Stop(-1, "stage 2: the loss is NaN"),
     Gradient(11, X),
+    Gradient(11, X.to(torch.int8), scale=torch.ones(3, 1)),
     Gradient(11, None, starved=True),
     Answer(12, torch.tensor([1.5, 2, 3, 4], dtype=torch.float64)),
     Saved(13, 3),
     Report(2, 14, {"loss": 1.25, "idle": float("inf")}, final=True),
     Report(2, 14),
+    Received(15),
 ]
 
 
@@ -105,8 +109,8 @@ def test_a_gradient_is_not_asked_of_the_wire() -> None:
 def test_header_is_what_the_drawing_says() -> None:
     """The wire format is a promise to other versions; a change of it needs a new PROTOCOL."""
     frames = codec.encode(Activation(7, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), "run", 5)
-    plain = {"batch": 7, "x": ["float32", [2, 3]], "y": ["int64", [2]]}
-    assert msgpack.unpackb(frames[0]) == {"protocol": 1, "run": "run", "seq": 5, "type": "Activation", "fields": plain}
+    plain = {"batch": 7, "x": ["float32", [2, 3]], "y": ["int64", [2]], "scale": None}
+    assert msgpack.unpackb(frames[0]) == {"protocol": 2, "run": "run", "seq": 5, "type": "Activation", "fields": plain}
     assert [len(frame) for frame in frames[1:]] == [24, 16]
 
 
@@ -141,7 +145,7 @@ def test_what_cannot_be_sent(message: Message, says: str) -> None:
 
 
 def header(**changes: Any) -> dict[str, Any]:
-    plain = {"batch": 7, "x": ["float32", [3, 4]], "y": ["int64", [3]]}
+    plain = {"batch": 7, "x": ["float32", [3, 4]], "y": ["int64", [3]], "scale": None}
     return {"protocol": PROTOCOL, "run": "r", "seq": 0, "type": "Activation", "fields": plain} | changes
 
 
@@ -192,6 +196,8 @@ MALFORMED: list[tuple[Any, str]] = [
     (activation(x=["float32", [2**62, 4]]), "Activation.x: .* the limit is"),  # 2**66 bytes: 0 if it overflowed
     (activation(x=["float32", [0, 2**62, 2**62]]), "Activation.x: .* the limit is"),  # its strides would overflow
     (activation(y=["int32", [3]]), "Activation.y: .* takes 12 bytes, its frame has 24"),
+    (activation(scale=["float32", [3, 1]]), "Activation.scale: its frame is missing"),
+    (of("Gradient", batch=1, g=["int8", [48]], starved=False, scale=["float32", [7]]), "Gradient.scale: .* takes 28"),
     (of("Checkpoint", batch=1), "Checkpoint: 2 tensor frames, its fields use 0"),
     (of("Evaluation", batch=1, x=["float32", [3, 4]], y=None), "Evaluation: 2 tensor frames, its fields use 1"),
     (of("Input", batch=1, x=["float32", [3, 4]]), r"Input: missing \['y'\]"),
@@ -199,7 +205,7 @@ MALFORMED: list[tuple[Any, str]] = [
     (of("Input", batch=1, x=None, y=["int64", [3]]), r"Input.x: None is not \[dtype, shape\]"),
     (of("Input", batch=1, x=["float32", [3, 5]], y=["int64", [3]]), "Input.x: .* takes 60 bytes, its frame has 48"),
     (of("Stop", batch=1, reason=1), "Stop.reason"),
-    (of("Gradient", batch=1, g=None, starved=1), "Gradient.starved"),
+    (of("Gradient", batch=1, g=None, starved=1, scale=None), "Gradient.starved"),
     (of("Report", stage=1, batch=1, numbers=[], final=False), "Report.numbers"),
     (of("Report", stage=1, batch=1, numbers={"loss": "1"}, final=False), r"Report.numbers\['loss'\]"),
     (of("Report", stage=1, batch=1, numbers={"loss": True}, final=False), r"Report.numbers\['loss'\]"),

@@ -119,6 +119,20 @@ def test_the_embedded_default_is_valid() -> None:
             ["--rule.forward_unlock", "--pipeline.stages", "1"],
             "pipeline.stages = 1 with rule.forward_unlock = true: there is no input to guess",
         ),
+        (["--wire.gradients", "int4"], "wire.gradients = 'int4': expected as is | bfloat16 | float16 | int8 (did you"),
+        (
+            ["--rule.name", "blend", "--wire.gradient_every", "2"],
+            "wire.gradient_every = 2 with rule.name = blend: it does not only learn from gradients; leave",
+        ),
+        (["--rule.name", "local", "--wire.gradient_every", "2"], "wire.gradient_every = 2 with rule.name = local"),
+        (
+            ["--rule.name", "synthetic", "--rule.then", "9:wait", "--wire.gradient_every", "2"],
+            "wire.gradient_every = 2 with rule.name = synthetic and rule.then = 9:wait",
+        ),
+        (
+            ["--rule.name", "synthetic", "--rule.warmup", "9", "--wire.gradient_every", "2"],
+            "wire.gradient_every = 2 with rule.warmup_rule = wait: it applies each gradient meanwhile; use",
+        ),
         (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
         (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
         (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),

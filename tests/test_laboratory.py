@@ -102,6 +102,22 @@ def test_waiting_is_plain_autograd_whatever_the_delay(tmp_path: Path, stages: in
     assert same(checkpoint.weights(tmp_path / "run"), plain(50, **{**shared, **settings}))
 
 
+def test_the_wire_rounds_here_too_alike_in_every_run(tmp_path: Path) -> None:
+    wire = {"rule__name": "synthetic", "wire__activations": "int8", "wire__gradients": "bfloat16"}
+    for name, settings in {"a": wire, "b": wire, "exact": {"rule__name": "synthetic"}}.items():
+        train(tmp_path / name, **settings)
+    weights = {name: checkpoint.weights(tmp_path / name) for name in ("a", "b", "exact")}
+    assert same(weights["a"], weights["b"]) and not same(weights["a"], weights["exact"])
+
+
+def test_each_fifth_gradient_only_teaches(tmp_path: Path) -> None:
+    """The others are answers without one: nothing waits for them, and each stage updates on every batch."""
+    told = train(tmp_path / "run", rule__name="synthetic", wire__gradient_every=5, transport__delay=2)
+    for stage in told["stage"][:-1]:
+        assert stage["reasons"] == {"no gradient came": 40} and stage["at_once"] == 1.0
+    assert told["stage"][-1]["skipped"] == 0
+
+
 def test_a_run_is_cut_and_resumed(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(whole, rule__name="wait")

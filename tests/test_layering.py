@@ -16,6 +16,7 @@ MAY = {
     "tracing": "errors",
     "codec": "messages errors",
     "transport": "messages errors codec",
+    "wire": "config errors messages transport",
     "heads": "",
     "lessons": "",
     "nets": "",
@@ -47,11 +48,11 @@ MAY = {
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
-    "randomness sometimes split stage stash unlocked window",
+    "randomness sometimes split stage stash transport unlocked window wire",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
     "result split stage state tracing transport worker",
-    "check": "building messages metrics result split stage unlocked",
+    "check": "building config messages metrics result split stage unlocked wire",
     "started": "",
     "launcher": "loopback started",
     "jobs": "building config data models optim",
@@ -68,7 +69,7 @@ FOREIGN = {  # libraries that only these may import
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
     "matplotlib": {"tracing"},
-    "torch.distributed": {"loopback", "rendezvous", "launcher", "process"},
+    "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process"},
     "time": {"metrics", "transport", "worker", "split", "folders", "display"},
 }
 

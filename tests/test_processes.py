@@ -132,6 +132,23 @@ def test_wait_over_processes_is_plain_autograd_bitwise(tmp_path: Path, stages: i
     assert summary(run)["stages"] == stages
 
 
+def test_over_gloo_it_is_plain_autograd_too(tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", {"rule__name": "wait", "pipeline__stages": 3}
+    status, _, err = train(run, transport__kind="gloo", **settings)
+    assert status == 0, err
+    assert same(checkpoint.weights(run), plain(50, **settings))
+
+
+def test_the_wire_rounds_over_processes_as_in_the_laboratory(tmp_path: Path) -> None:
+    settings = {"rule__name": "wait", "wire__activations": "float16", "wire__gradients": "int8"}
+    settings |= {"pipeline__stages": 3, "pipeline__boundaries": "2,4"}
+    for kind in ("zmq", "local"):
+        status, _, err = train(tmp_path / kind, transport__kind=kind, **settings)
+        assert status == 0, err
+    assert same(*(checkpoint.weights(tmp_path / kind) for kind in ("zmq", "local")))
+    assert not same(checkpoint.weights(tmp_path / "zmq"), plain(50, rule__name="wait"))
+
+
 def test_a_run_says_and_leaves_what_it_should(tmp_path: Path) -> None:
     run = tmp_path / "run"
     status, out, err = train(run, eval__every=20, checkpoint__every=20, transport__scheme="tcp")
@@ -195,10 +212,10 @@ def test_a_run_goes_on_with_another_number_of_stages(tmp_path: Path, stages: int
     assert same(checkpoint.weights(run), plain(50, **settings))
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_stage_ends_the_run_and_is_named_last(tmp_path: Path, victim: int) -> None:
-    run = tmp_path / "run"
-    process = start("train", *words(output__run=run, train__batches=1_000_000, output__every=0.2))
+@pytest.mark.parametrize(("victim", "kind"), [(0, "zmq"), (2, "zmq"), (2, "gloo")])
+def test_a_killed_stage_ends_the_run_and_is_named_last(tmp_path: Path, victim: int, kind: str) -> None:
+    run, endless = tmp_path / "run", {"train__batches": 1_000_000, "output__every": 0.2}
+    process = start("train", *words(output__run=run, transport__kind=kind, **endless))
     until_training(run)
     pids = processes_of(run)
     assert sorted(pids) == [0, 1, 2, 3]
@@ -228,9 +245,10 @@ def test_an_interrupt_while_it_starts_leaves_no_traceback(tmp_path: Path) -> Non
     assert err == "" and not processes_of(run)
 
 
-def test_interrupting_one_stage_ends_all_in_order(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("train", *words(output__run=run, train__batches=1_000_000, output__every=0.2))
+@pytest.mark.parametrize("kind", ["zmq", "gloo"])
+def test_interrupting_one_stage_ends_all_in_order(tmp_path: Path, kind: str) -> None:
+    run, endless = tmp_path / "run", {"train__batches": 1_000_000, "output__every": 0.2}
+    process = start("train", *words(output__run=run, transport__kind=kind, **endless))
     until_training(run)
     os.kill(processes_of(run)[2], signal.SIGINT)
     out, err = process.communicate(timeout=40)

@@ -6,7 +6,7 @@ One path checks both sources: `build` takes nested plain values and returns a `C
 names the setting, its value and the way out. Nothing here touches torch or a socket, or a file but the TOML.
 """
 
-from dnipipe.config.sections import Output, Predictor
+from dnipipe.config.sections import Output, Predictor, WireSettings
 from dnipipe.config.settings import Config, describe, flat, phases, replace, shared_settings
 from dnipipe.config.sources import build, default, load
 
@@ -14,6 +14,7 @@ __all__ = [
     "Config",
     "Output",
     "Predictor",
+    "WireSettings",
     "build",
     "default",
     "describe",

@@ -174,14 +174,25 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class TransportSettings:
-    kind: Literal["zmq", "local"] = setting(
-        "zmq", "zmq: a process a stage; local: all stages in one process, taking turns, the same each time"
+    kind: Literal["zmq", "gloo", "local"] = setting(
+        "zmq",
+        "zmq: a process a stage; gloo: the same, with the tensors of training by torch.distributed's gloo; local: all "
+        "stages in one process, taking turns, the same each time",
     )
     delay: int = setting(0, "local: batches that a message is under way on each hop", low=0)
     scheme: Literal["auto", "ipc", "tcp"] = setting("auto", "auto: ipc on one machine, tcp between machines")
     address: str = setting("", "this machine's address for tcp (empty: the one that reaches the master)", local=True)
     timeout: float = setting(120.0, "longest wait for a neighbour, seconds", low=0.1)
     max_message: int = setting(256, "largest tensor on the wire, MiB", low=1)
+
+
+@dataclass(frozen=True)
+class WireSettings:
+    activations: Literal["as is", "bfloat16", "float16", "int8"] = setting(
+        "as is", "how activations travel; float16 and int8 with a float32 scale a row; evaluations go as they are"
+    )
+    gradients: Literal["as is", "bfloat16", "float16", "int8"] = setting("as is", "how gradients travel")
+    gradient_every: int = setting(1, "synthetic: only each n-th batch's gradient is carried, and teaches", low=1)
 
 
 @dataclass(frozen=True)

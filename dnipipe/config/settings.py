@@ -20,6 +20,7 @@ from dnipipe.config.sections import (
     Rule,
     Train,
     TransportSettings,
+    WireSettings,
 )
 from dnipipe.config.values import check, hints, name_of
 from dnipipe.errors import ConfigError
@@ -39,6 +40,7 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     transport: TransportSettings = field(default_factory=TransportSettings)
+    wire: WireSettings = field(default_factory=WireSettings)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class Config:
         self._check_rule()
         self._check_meanwhile()
         self._check_schedule()
+        self._check_wire()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
             raise ConfigError(f"model.width = {self.model.width} is not a multiple of model.heads = {self.model.heads}")
         if self.transport.delay and self.transport.kind != "local":
@@ -78,6 +81,24 @@ class Config:
         if (schedule == "steps") != bool(drops):
             way = "name the batches, e.g. 300000,400000" if schedule == "steps" else "use optimizer.schedule = steps"
             raise ConfigError(f"optimizer.drops = {list(drops)} with optimizer.schedule = {schedule}: {way}")
+
+    def _check_wire(self) -> None:
+        """Only what teaches may be left out: a gradient that would be applied is needed for each batch."""
+        rule, every = self.rule, self.wire.gradient_every
+        names = {name for _, name in phases(rule)}
+        if every == 1:
+            return
+        if names & {"blend", "delayed", "wait"} or "synthetic" not in names:
+            then = f" and rule.then = {rule.then}" if rule.then else ""
+            raise ConfigError(
+                f"wire.gradient_every = {every} with rule.name = {rule.name}{then}: it does not only learn from "
+                "gradients; leave wire.gradient_every at 1, or use rule.name = synthetic"
+            )
+        if rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+            raise ConfigError(
+                f"wire.gradient_every = {every} with rule.warmup_rule = wait: it applies each gradient meanwhile; use "
+                "rule.warmup_rule = zero, local or scale"
+            )
 
     def _check_rule(self) -> None:
         rule, names = self.rule, {name for _, name in phases(self.rule)}

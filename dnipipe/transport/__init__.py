@@ -4,7 +4,7 @@ A transport is what one stage holds: it knows at most two sides, the stage befor
 Promises, the same for every transport (tests/transport/test_contract.py holds each to them):
   - messages of one side arrive in the order they were sent, each once, or PeerLost is raised: never a silent gap;
   - what was sent before an orderly close arrives; only then does the side count as lost;
-  - no call waits longer than its limit;
+  - no call waits longer than its limit (where tensors travel apart from their message, gloo.py, two limits may add up);
   - a tensor may be sent without a copy: nothing writes to it after send.
 """
 

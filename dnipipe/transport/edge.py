@@ -10,13 +10,15 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame
+from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame, Header
 from dnipipe.errors import ConfigError, MessageError, PeerLost
 from dnipipe.messages import Message
 
@@ -97,6 +99,7 @@ class Edge:
         self.file: Path | None = None  # that listening made
         self.lost = ""
         self.torn = False  # messages are missing: what comes behind the gap is not handed out
+        self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
         self.sent = self.received = 0  # messages, which is also the number of the next one
         self.last_sent: int | None = None  # batch ids
@@ -154,12 +157,13 @@ class Edge:
 
     def check_order(self, seq: int) -> None:
         """Raises PeerLost, now and ever after, if message `seq` is not the next one."""
-        if seq > self.received:
+        expected = self.received + len(self.kept)
+        if seq > expected:
             self.torn = True
-            self._lose(f"{seq - self.received} messages of {self.name} were lost on the way")
-        if seq < self.received:
+            self.lose(f"{seq - expected} messages of {self.name} were lost on the way")
+        if seq < expected:
             self.torn = True
-            self._lose(f"{self.name} was started again, it counts from {seq}")
+            self.lose(f"{self.name} was started again, it counts from {seq}")
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -188,9 +192,10 @@ class Edge:
         if self.lost:
             raise PeerLost(self.lost)
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            self._lose(f"{self.name} is gone: its process ended, or the connection broke")
+            self.lose(f"{self.name} is gone: its process ended, or the connection broke")
 
-    def _lose(self, what: str) -> None:
+    def lose(self, what: str) -> NoReturn:
+        """Raises PeerLost, and `check` from now on."""
         self.lost = f"{what} ({self.endpoint}; {self.history()})"
         raise PeerLost(self.lost)
 

@@ -18,7 +18,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import zmq
 
 from dnipipe import codec
+from dnipipe.codec import Frame, Header
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
 from dnipipe.messages import Message
 from dnipipe.transport import AT_EASE, Side
@@ -114,6 +115,9 @@ class ZmqTransport:
         edge = self._edges[side]
         edge.watch_now_and_then()
         edge.check()
+        self._put(edge, message)
+
+    def _put(self, edge: Edge, message: Message) -> None:
         with self.packing:
             frames = codec.encode(message, self.run, edge.sent)
         largest = max(map(len, frames[1:]), default=0)
@@ -122,21 +126,38 @@ class ZmqTransport:
                 f"a {type(message).__name__} holds a tensor of {largest} bytes, the limit is {self.max_message}: "
                 "raise transport.max_message"
             )
-        deadline = None
-        while not edge.put(frames):
-            deadline = deadline or time.monotonic() + self.timeout
+        self._hand_over(edge, frames, message)
+        edge.count_sent(message)
+
+    def _hand_over(self, edge: Edge, frames: list[Frame], message: Message) -> None:
+        """Message number `edge.sent`, as frames."""
+        if not edge.put(frames):
+            self._wait_for_room(edge, lambda: edge.put(frames), zmq.POLLOUT, message)
+
+    def _wait_for_room(self, edge: Edge, room: Callable[[], bool], event: int, message: Message) -> None:
+        if not self._until(edge, room, event, self.timeout):
+            raise WaitTimeout(
+                f"waited {self.timeout:g} s (transport.timeout) to send a {type(message).__name__} of batch "
+                f"{getattr(message, 'batch', None)} to {edge.name}, which takes nothing more; {edge.history()}"
+            )
+
+    def _until(self, edge: Edge, done: Callable[[], bool], event: int, seconds: float) -> bool:
+        """Wait until `done`, asked again at each event of the edge's socket. False at the limit. Raises PeerLost."""
+        deadline = time.monotonic() + seconds
+        poller = zmq.Poller()
+        poller.register(edge.socket, event)
+        for each in self._edges.values():
+            poller.register(each.monitor, zmq.POLLIN)
+        while not done():
             for each in self._edges.values():
                 each.watch()
             edge.check()
             left = deadline - time.monotonic()
             if left <= 0:
-                raise WaitTimeout(
-                    f"waited {self.timeout:g} s (transport.timeout) to send a {type(message).__name__} of batch "
-                    f"{getattr(message, 'batch', None)} to {edge.name}, which takes nothing more; {edge.history()}"
-                )
+                return False
             with self.full:
-                self._poll(self._poller([], edge.socket), [edge], left)
-        edge.count_sent(message)
+                self._poll(poller, [edge], left)
+        return True
 
     # -- receiving ---------------------------------------------------------------------------------------------
 
@@ -153,7 +174,7 @@ class ZmqTransport:
         ready = dict(poller.poll(0))  # one call into zmq asks all sockets and monitors
         while not self._was_woken():
             for side, edge in zip(sides, edges, strict=True):
-                message = self._take(edge) if edge.socket in ready else None
+                message = self._take(edge) if edge.kept or edge.socket in ready else None
                 if message is not None:
                     return side, message
             for edge in self._edges.values():
@@ -169,21 +190,31 @@ class ZmqTransport:
         return None
 
     def _take(self, edge: Edge) -> Message | None:
-        """A message that is there already, if it is this run's."""
-        while not edge.torn:
-            frames = edge.get()
-            if frames is None:
-                break
+        """A message that is there already."""
+        while got := edge.kept.popleft() if edge.kept else self._fetch(edge):
+            message = self._read(edge, *got)
+            if message is not None:
+                return message
+        return None
+
+    def _fetch(self, edge: Edge) -> tuple[Header, list[Frame]] | None:
+        """Header and tensors' frames of the next message in order, if this run's is there."""
+        while not edge.torn and (frames := edge.get()):
             with self.packing:
                 header = codec.read_header(frames[0].buffer)
-                if header.run != self.run:
-                    self.dropped["another run"] += 1
-                    continue
-                edge.check_order(header.seq)
-                message = codec.read_body(header, [frame.buffer for frame in frames[1:]], self.max_message)
-            edge.count_received(message)
-            return message
+            if header.run != self.run:
+                self.dropped["another run"] += 1
+                continue
+            edge.check_order(header.seq)
+            return header, [frame.buffer for frame in frames[1:]]
         return None
+
+    def _read(self, edge: Edge, header: Header, frames: Sequence[Frame]) -> Message | None:
+        """None: it was for the transport itself."""
+        with self.packing:
+            message = codec.read_body(header, frames, self.max_message)
+        edge.count_received(message)
+        return message
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
@@ -196,22 +227,17 @@ class ZmqTransport:
         ends = [edge.deadline - now for edge in edges if edge.deadline is not None]
         return dict(poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends])))))
 
-    def _poller(self, sides: Sequence[Side], full: zmq.Socket[bytes] | None = None) -> zmq.Poller:
-        """Wakes for messages from `sides`, for room in a full socket, for what the monitors tell, and for `wake`."""
+    def _poller(self, sides: Sequence[Side]) -> zmq.Poller:
+        """Wakes for messages from `sides`, for what the monitors tell, and for `wake`."""
         key = tuple(sides)
-        if full is None and key in self._pollers:
-            return self._pollers[key]
-        poller = zmq.Poller()
-        for side in sides:
-            poller.register(self._edges[side].socket, zmq.POLLIN)
-        for edge in self._edges.values():
-            poller.register(edge.monitor, zmq.POLLIN)
-        if full is not None:
-            poller.register(full, zmq.POLLOUT)
-        else:
+        if key not in self._pollers:
+            poller = self._pollers[key] = zmq.Poller()
+            for side in sides:
+                poller.register(self._edges[side].socket, zmq.POLLIN)
+            for edge in self._edges.values():
+                poller.register(edge.monitor, zmq.POLLIN)
             poller.register(self._woken, zmq.POLLIN)
-            self._pollers[key] = poller
-        return poller
+        return self._pollers[key]
 
     def _was_woken(self) -> bool:
         if not self._alarm:

@@ -6,17 +6,21 @@ a ── next ──────► previous ── b        two neighbours, as 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
 from dnipipe.errors import PeerLost
 from dnipipe.messages import Checkpoint, Message
 from dnipipe.transport import Side, Transport, edge
+from dnipipe.transport.gloo import INTERFACE, GlooTransport, choose_interface
 from dnipipe.transport.laboratory import Laboratory
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
@@ -30,13 +34,15 @@ Make = Callable[..., list[Transport]]
 class Zmq:
     """Makes connected ZmqTransports over one scheme; keeps them, to close them all."""
 
+    kind: type[ZmqTransport] = ZmqTransport
+
     def __init__(self, scheme: str, folder: Path) -> None:
         self.scheme, self.folder = scheme, folder
         self.made: list[ZmqTransport] = []
         self._names = itertools.count()
 
     def one(self, run: str = "run", queue: int = 8, timeout: float = WAIT, limit: int = 2**26) -> ZmqTransport:
-        made = ZmqTransport(run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"})
+        made = self.kind(run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"})
         self.made.append(made)
         return made
 
@@ -48,6 +54,23 @@ class Zmq:
         for before, after in itertools.pairwise(transports):
             after.connect(before.listen(self.address()))
         return list(transports)
+
+
+class Gloo(Zmq):
+    """The same with GlooTransports, which have also joined by gloo: each pair at a store of its own."""
+
+    kind = GlooTransport
+
+    def chain(self, stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        transports = super().chain(stages, capacity, timeout)
+        for before, after in itertools.pairwise(self.made[-stages:]):
+            assert isinstance(before, GlooTransport) and isinstance(after, GlooTransport)
+            store = HashStore()
+            with ThreadPoolExecutor(1) as pool:
+                joining = pool.submit(before.join, NEXT, store)
+                after.join(PREVIOUS, store)
+                joining.result()
+        return transports
 
 
 @pytest.fixture
@@ -64,9 +87,24 @@ def zeromq(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) ->
     assert list(tmp_path.iterdir()) == []  # no socket file stays
 
 
-@pytest.fixture(params=["local", "laboratory", "ipc", "tcp"])
+@pytest.fixture
+def gloo(tmp_path: Path, short_grace: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gloo]:
+    monkeypatch.delenv(INTERFACE, raising=False)
+    choose_interface(machines=1)
+    factory = Gloo("ipc", tmp_path)
+    yield factory
+    for transport in factory.made:
+        transport.close()
+    assert list(tmp_path.iterdir()) == []
+    os.environ.pop(INTERFACE)
+
+
+@pytest.fixture(params=["local", "laboratory", "ipc", "tcp", "gloo"])
 def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Make]:
     """chain(stages, capacity, timeout) -> connected transports."""
+    if request.param == "gloo":
+        yield request.getfixturevalue("gloo").chain
+        return
     factory = Zmq(request.param, tmp_path)
 
     def local(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:

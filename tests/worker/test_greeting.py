@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dnipipe.errors import HandshakeError, PeerStopped, WaitTimeout
-from dnipipe.messages import Activation, Hello, Stop
+from dnipipe.messages import PROTOCOL, Activation, Hello, Stop
 from dnipipe.transport import Side
 from tests.worker.bench import Bench
 
@@ -27,7 +27,7 @@ MINE = {  # what stage 1 says on its two edges
 }
 THEIRS = {Side.PREVIOUS: replace(MINE[Side.PREVIOUS], stage=0), Side.NEXT: replace(MINE[Side.NEXT], stage=2)}
 WRONG: dict[str, Any] = {
-    "protocol": 2,
+    "protocol": PROTOCOL + 1,
     "run": "another run",
     "stages": 4,
     "stage": 1,
