@@ -1,8 +1,8 @@
 """What stages say to one another. Frozen values; tensors never require a gradient.
 
-           Activation, Input, Evaluation, Checkpoint, Stop
-    stage k ────────────────────────────────────────► stage k+1
-            ◄────────────────────────────────────────
+           Activation, Input, Labels, Evaluation, Checkpoint, Stop
+    stage k ────────────────────────────────────────────────► stage k+1
+            ◄────────────────────────────────────────────────
            Gradient, Answer, Saved, Report, Stop
 
 Hello goes both ways, first. Within one direction order is kept, so a marker (Checkpoint, Stop) stands exactly
@@ -48,6 +48,14 @@ class Input:
 
     batch: int  # as in Activation, which follows if the sender trains on this batch
     x: Tensor  # (B, ...) the network's input
+    y: Tensor  # (B, ...) labels
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """A training batch whose activations and gradients travel by a way of their own (sync.py)."""
+
+    batch: int  # as in Activation
     y: Tensor  # (B, ...) labels
 
 
@@ -110,6 +118,6 @@ class Report:
     final: bool = False
 
 
-Downward = Union[Activation, Input, Evaluation, Checkpoint]
+Downward = Union[Activation, Input, Labels, Evaluation, Checkpoint]
 Upward = Union[Gradient, Answer, Saved, Report]
 Message = Union[Hello, Downward, Upward, Stop]

@@ -41,7 +41,7 @@ class Run:
         stages: K, the number of processes; or the first layers of the stages after the first, as a list.
         loss: (output, labels) -> mean loss over the batch.
         optimizer: parameters -> optimizer; called in each stage with the stage's own.
-        rule: synthetic, blend, local, delayed or wait (gradient_rules.py).
+        rule: synthetic, blend, local, delayed or wait (gradient_rules.py), or sync (sync.py).
         schedule: batch id, from 1 -> factor on the learning rate, the same on every stage.
         settings: any other setting by section, e.g. predictor={"name": "linear"}, train={"seed": 1}.
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, metrics, result
+from dnipipe import checkpoint, gloo, metrics, result
 from dnipipe.building import (
     Job,
     build_stage,
@@ -42,6 +42,7 @@ from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
+from dnipipe.sync import SyncStage
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
@@ -91,6 +92,10 @@ def work(job: Job, resume: bool = False) -> Path:
         with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = build(job, model, agreed, meeting.rank)
             transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name)))
+        if isinstance(stage, SyncStage):
+            with meeting.together("joined"):
+                stack.enter_context(gloo.joined(meeting, agreed.run_id, settings.transport.address))
+                stage.join(settings.transport.timeout)
         head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
         worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
         with interruptible(worker):

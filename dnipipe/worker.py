@@ -20,7 +20,19 @@ from dataclasses import replace
 from dnipipe.errors import DnipipeError, PeerLost, PeerStopped, RunError, WaitTimeout, told
 from dnipipe.greeting import check_hello
 from dnipipe.head import Head
-from dnipipe.messages import Activation, Checkpoint, Evaluation, Gradient, Hello, Input, Message, Report, Saved, Stop
+from dnipipe.messages import (
+    Activation,
+    Checkpoint,
+    Evaluation,
+    Gradient,
+    Hello,
+    Input,
+    Labels,
+    Message,
+    Report,
+    Saved,
+    Stop,
+)
 from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.stage import Stage
 from dnipipe.transport import Side, Transport
@@ -92,7 +104,7 @@ class Worker:
     def send(self, message: Message) -> None:
         """Route what the stage yields: batches and markers down, the rest up; at stage 0 its head takes that."""
         with self.metrics.clock.span("send"):
-            if isinstance(message, (Activation, Input, Evaluation, Checkpoint)):
+            if isinstance(message, (Activation, Input, Labels, Evaluation, Checkpoint)):
                 self.transport.send(Side.NEXT, message)
                 return
             if isinstance(message, Gradient) and message.batch in self._starved:
@@ -169,7 +181,7 @@ class Worker:
 
     def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
         self._waiting_since = None
-        if isinstance(message, (Activation, Input, Gradient)):
+        if isinstance(message, (Activation, Input, Labels, Gradient)):
             self._heard[side] = message.batch
         if waited and isinstance(message, (Activation, Input)) and message.batch > self.stage.last_batch:
             self._starved.add(message.batch)

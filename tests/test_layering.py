@@ -40,16 +40,19 @@ MAY = {
     "display": "messages",
     "loopback": "",
     "rendezvous": "errors loopback",
+    "gloo": "errors rendezvous transport",
+    "schedules": "errors metrics predictors",
+    "sync": "config errors messages predictors randomness schedules split stage",
     "head": "checkpoint config data display errors messages metrics randomness",
     "greeting": "errors messages transport",
     "worker": "errors greeting head messages metrics stage transport window",
     "result": "building config data head split",
     "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
-    "randomness sometimes split stage unlocked window",
+    "randomness sometimes split stage sync unlocked window",
     "state": "checkpoint errors split stage unlocked",
-    "session": "building checkpoint config data display errors folders greeting head messages metrics rendezvous "
-    "result split stage state transport worker",
-    "check": "building messages metrics result split stage unlocked",
+    "session": "building checkpoint config data display errors folders gloo greeting head messages metrics rendezvous "
+    "result split stage state sync transport worker",
+    "check": "building config messages metrics result split stage sync unlocked",
     "started": "",
     "launcher": "loopback started",
     "jobs": "building config data models optim",
@@ -65,7 +68,7 @@ FOREIGN = {  # libraries that only these may import
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
-    "torch.distributed": {"loopback", "rendezvous", "launcher", "process"},
+    "torch.distributed": {"loopback", "rendezvous", "launcher", "process", "gloo", "schedules"},
     "time": {"metrics", "transport", "worker", "split", "folders", "display"},
 }
 
