@@ -1,4 +1,4 @@
-"""dnipipe train | check | export | settings.
+"""dnipipe train | check | verify | export | settings.
 
 Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
 """
@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from dnipipe.config import Config, describe, load, replace
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
 from dnipipe.launcher import launch
-from dnipipe.started import is_worker
+from dnipipe.started import LAUNCHED, is_worker
 
 NEWEST = "newest"
 
@@ -73,15 +74,25 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="send one batch through all stages in one process; print the plan")
     check.add_argument("config", nargs="?", help="TOML file")
     check.set_defaults(run=_check)
+    verify = commands.add_parser("verify", help="show that K stages learn what one process does, on this very model")
+    verify.add_argument("config", nargs="?", help="TOML file")
+    verify.add_argument("--batches", type=_count, default=20, metavar="N", help="batches to train (default: 20)")
+    verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="the trained weights as one safetensors file")
     export.add_argument("folder", help="folder of the run")
     export.add_argument("-o", "--output", required=True, help="file to write")
     export.set_defaults(run=_export)
     settings = commands.add_parser("settings", help="list every setting, its default and what it does")
     settings.set_defaults(run=_settings)
-    for command in (train, check, export, settings):
+    for command in (train, check, verify, export, settings):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
     return parser
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected a whole number, at least 1")
+    return int(word)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -126,6 +137,30 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
     for line in check(job_of(config)):
         print(line)
     return 0
+
+
+def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import verify
+
+    config = replace(load(Path(options.config) if options.config else None, overrides), model={"dropout": 0.0})
+    if LAUNCHED in os.environ:
+        from dnipipe.jobs import job_of
+        from dnipipe.process import guarded
+
+        job = verify.prepared(job_of(config), options.batches, Path(config.output.run))
+        return guarded(job, debug=options.debug, part=verify.work)[0]
+    if is_worker():
+        raise UsageError("dnipipe verify starts its processes itself: run it without torchrun")
+    with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
+        run = Path(folder) / "run"
+        command = ["-m", "dnipipe", "verify", str(write_config(Path(folder), config)), f"--output.run={run}"]
+        command += ["--batches", str(options.batches)] + ["--debug"] * options.debug
+        status = launch(config.pipeline.stages, command, debug=options.debug)
+        if status:
+            return status
+        equal, lines = verify.read(run)
+    print("\n".join(lines))
+    return 0 if equal else 1
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
