@@ -1,4 +1,4 @@
-"""dnipipe train | check | verify | export | settings.
+"""dnipipe train | check | verify | compare | export | settings.
 
 Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
 """
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dnipipe.config import Config, describe, load, replace
+from dnipipe.config import Config, describe, load, replace, under
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
 from dnipipe.launcher import launch
@@ -78,13 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("config", nargs="?", help="TOML file")
     verify.add_argument("--batches", type=_count, default=20, metavar="N", help="batches to train (default: 20)")
     verify.set_defaults(run=_verify)
+    compare = commands.add_parser(
+        "compare", help="train as it is and synchronously, side by side, and say which to choose"
+    )
+    compare.add_argument("config", nargs="?", help="TOML file")
+    compare.add_argument("--batches", type=_count, default=200, metavar="N", help="batches to train (default: 200)")
+    compare.set_defaults(run=_compare)
     export = commands.add_parser("export", help="the trained weights as one safetensors file")
     export.add_argument("folder", help="folder of the run")
     export.add_argument("-o", "--output", required=True, help="file to write")
     export.set_defaults(run=_export)
     settings = commands.add_parser("settings", help="list every setting, its default and what it does")
     settings.set_defaults(run=_settings)
-    for command in (train, check, verify, export, settings):
+    for command in (train, check, verify, compare, export, settings):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
     return parser
 
@@ -161,6 +167,39 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
         equal, lines = verify.read(run)
     print("\n".join(lines))
     return 0 if equal else 1
+
+
+def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import compare
+
+    path = Path(options.config) if options.config else None
+    config = load(path, overrides)
+    if is_worker():
+        raise UsageError("dnipipe compare starts its processes itself: run it without torchrun")
+    if config.rule.name == "sync" or config.transport.kind == "local":
+        raise ConfigError(
+            f"rule.name = {config.rule.name}, transport.kind = {config.transport.kind}: compare measures a rule over "
+            "processes beside sync; name another rule, and leave transport.kind at zmq"
+        )
+    config = replace(
+        config,
+        train={"batches": options.batches},
+        eval={"every": 0, "sample": 0},
+        checkpoint={"every": 0},
+        output={"every": 0.2, "quiet": True},
+    )
+    above = new_run(Path(config.output.dir), f"compare-{path.stem if path else 'default'}")
+    sides = {}
+    for name, settings in (("as-it-is", config), ("sync", under(config, "sync"))):
+        folder = above / name
+        print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
+        command = ["-m", "dnipipe", "train", str(write_config(folder, settings)), f"--output.run={folder}"]
+        status = launch(settings.pipeline.stages, command + ["--debug"] * options.debug, debug=options.debug)
+        if status:
+            return status
+        sides[name] = compare.side(folder)
+    print("\n".join(compare.report(sides["as-it-is"], sides["sync"], options.batches)))
+    return 0
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:

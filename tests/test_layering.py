@@ -57,10 +57,11 @@ MAY = {
     "launcher": "loopback started",
     "jobs": "building config data models optim",
     "laboratory": "building data errors session transport worker",
+    "compare": "",
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started verify",
-    "cli": "check checkpoint config errors folders jobs launcher process started verify",
+    "cli": "check checkpoint compare config errors folders jobs launcher process started verify",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
