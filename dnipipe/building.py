@@ -32,6 +32,7 @@ from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.stash import Graphs
+from dnipipe.sync import SyncStage
 from dnipipe.transport import Side, Transport
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
@@ -107,8 +108,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
     settings, device = job.config, device_of(job.config)
     module = split.part(model, plan, index).to(device)
-    kind = partial(UnlockedStage, inputs_of(settings, plan, index)) if settings.rule.forward_unlock else Stage
-    return kind(
+    return kind_of(settings, plan, index)(
         index,
         plan.stages,
         module,
@@ -128,6 +128,13 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         device=device,
         graphs=Graphs(settings.pipeline.memory * 2**20 // 2),
     )
+
+
+def kind_of(settings: Config, plan: Plan, index: int) -> Callable[..., Stage]:
+    """What makes the stage, called as Stage is: how batches come to it."""
+    if settings.rule.name == "sync":
+        return partial(SyncStage, settings.sync, plan)
+    return partial(UnlockedStage, inputs_of(settings, plan, index)) if settings.rule.forward_unlock else Stage
 
 
 def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> GradientRule:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from dnipipe.building import Job, build_stage, first_batch, plan_for, total_batches
-from dnipipe.config import WireSettings
+from dnipipe.config import WireSettings, under
 from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.result import table
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.sync import microbatches
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.wire import form_of
 
@@ -27,6 +29,10 @@ def check(job: Job) -> Iterator[str]:
     model = job.model()
     plan = plan_for(settings, model, x, y, task.classes)
     total = total_batches(settings, task)
+    if settings.rule.name == "sync":  # in one process there is no schedule: the same layers, in turn
+        job = replace(job, config=under(settings, "wait"))
+        count = microbatches(settings.sync, plan.stages, plan.x[0])
+        yield f"sync    {settings.sync.schedule}: {count} micro-batches of {plan.x[0] // count} samples"
     measured = [StageMetrics(k, plan.stages) for k in range(plan.stages)]
     stages = [build_stage(job, model, plan, k, total, measured[k]) for k in range(plan.stages)]
     for batch in range(1, 1 + REPEATS):

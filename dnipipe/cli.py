@@ -1,4 +1,4 @@
-"""dnipipe train | check | export | trace | settings.
+"""dnipipe train | check | verify | compare | export | trace | settings.
 
 Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
 """
@@ -10,15 +10,16 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dnipipe.config import Config, describe, load, replace
+from dnipipe.config import Config, describe, load, replace, under
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
 from dnipipe.launcher import launch
-from dnipipe.started import is_worker
+from dnipipe.started import LAUNCHED, is_worker
 
 NEWEST = "newest"
 
@@ -73,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="send one batch through all stages in one process; print the plan")
     check.add_argument("config", nargs="?", help="TOML file")
     check.set_defaults(run=_check)
+    verify = commands.add_parser("verify", help="show that K stages learn what one process does, on this very model")
+    verify.add_argument("config", nargs="?", help="TOML file")
+    verify.add_argument("--batches", type=_count, default=20, metavar="N", help="batches to train (default: 20)")
+    verify.set_defaults(run=_verify)
+    compare = commands.add_parser(
+        "compare", help="train as it is and synchronously, side by side, and say which to choose"
+    )
+    compare.add_argument("config", nargs="?", help="TOML file")
+    compare.add_argument("--batches", type=_count, default=200, metavar="N", help="batches to train (default: 200)")
+    compare.set_defaults(run=_compare)
     export = commands.add_parser("export", help="the trained weights as one safetensors file")
     export.add_argument("folder", help="folder of the run")
     export.add_argument("-o", "--output", required=True, help="file to write")
@@ -89,9 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     trace.set_defaults(run=_trace)
     settings = commands.add_parser("settings", help="list every setting, its default and what it does")
     settings.set_defaults(run=_settings)
-    for command in (train, check, export, trace, settings):
+    for command in (train, check, verify, compare, export, trace, settings):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
     return parser
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected a whole number, at least 1")
+    return int(word)
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -135,6 +152,63 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load(Path(options.config) if options.config else None, overrides)
     for line in check(job_of(config)):
         print(line)
+    return 0
+
+
+def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import verify
+
+    config = replace(load(Path(options.config) if options.config else None, overrides), model={"dropout": 0.0})
+    if LAUNCHED in os.environ:
+        from dnipipe.jobs import job_of
+        from dnipipe.process import guarded
+
+        job = verify.prepared(job_of(config), options.batches, Path(config.output.run))
+        return guarded(job, debug=options.debug, part=verify.work)[0]
+    if is_worker():
+        raise UsageError("dnipipe verify starts its processes itself: run it without torchrun")
+    with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
+        run = Path(folder) / "run"
+        command = ["-m", "dnipipe", "verify", str(write_config(Path(folder), config)), f"--output.run={run}"]
+        command += ["--batches", str(options.batches)] + ["--debug"] * options.debug
+        status = launch(config.pipeline.stages, command, debug=options.debug)
+        if status:
+            return status
+        equal, lines = verify.read(run)
+    print("\n".join(lines))
+    return 0 if equal else 1
+
+
+def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import compare
+
+    path = Path(options.config) if options.config else None
+    config = load(path, overrides)
+    if is_worker():
+        raise UsageError("dnipipe compare starts its processes itself: run it without torchrun")
+    if config.rule.name == "sync" or config.transport.kind == "local":
+        raise ConfigError(
+            f"rule.name = {config.rule.name}, transport.kind = {config.transport.kind}: compare measures a rule over "
+            "processes beside sync; name another rule, and leave transport.kind at zmq"
+        )
+    config = replace(
+        config,
+        train={"batches": options.batches},
+        eval={"every": 0, "sample": 0},
+        checkpoint={"every": 0},
+        output={"every": 0.2, "quiet": True},
+    )
+    above = new_run(Path(config.output.dir), f"compare-{path.stem if path else 'default'}")
+    sides = {}
+    for name, settings in (("as-it-is", config), ("sync", under(config, "sync"))):
+        folder = above / name
+        print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
+        command = ["-m", "dnipipe", "train", str(write_config(folder, settings)), f"--output.run={folder}"]
+        status = launch(settings.pipeline.stages, command + ["--debug"] * options.debug, debug=options.debug)
+        if status:
+            return status
+        sides[name] = compare.side(folder)
+    print("\n".join(compare.report(sides["as-it-is"], sides["sync"], options.batches)))
     return 0
 
 

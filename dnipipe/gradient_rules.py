@@ -280,4 +280,5 @@ RULES: dict[str, type[Synthetic] | type[Local] | type[Delayed]] = {
     "local": Local,
     "delayed": Delayed,
     "wait": Wait,
+    "sync": Delayed,  # as sync.py has it: along torch's own schedule, so that nothing lies between there either
 }

@@ -14,9 +14,8 @@ import torch
 
 from dnipipe.building import Job
 from dnipipe.data import Task
-from dnipipe.errors import ConfigError, PeerError, RunError
+from dnipipe.errors import PeerError, RunError
 from dnipipe.session import agree, build, conclude, head_of, interruptible, worker_of
-from dnipipe.started import is_worker
 from dnipipe.transport.laboratory import Laboratory, LaboratoryTransport
 from dnipipe.worker import Worker
 
@@ -25,8 +24,6 @@ END = 10.0  # seconds in which the others must have ended behind stage 0
 
 def work(job: Job, resume: bool = False) -> Path:
     """The whole run. Returns its folder. Raises DnipipeError when it cannot go on."""
-    if is_worker():
-        raise ConfigError("transport.kind = local trains all stages in one process: start it without torchrun")
     settings, stages = job.config, job.config.pipeline.stages
     torch.manual_seed(settings.train.seed)
     model = job.model()

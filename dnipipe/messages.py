@@ -1,8 +1,8 @@
 """What stages say to one another. Frozen values; tensors never require a gradient.
 
-           Activation, Input, Evaluation, Checkpoint, Stop
-    stage k ────────────────────────────────────────► stage k+1
-            ◄────────────────────────────────────────
+           Activation, Input, Labels, Evaluation, Checkpoint, Stop
+    stage k ────────────────────────────────────────────────► stage k+1
+            ◄────────────────────────────────────────────────
            Gradient, Answer, Saved, Report, Stop
 
 Hello goes both ways, first; so does Received, of which no stage hears. Within one direction order is kept, so a marker
@@ -50,6 +50,14 @@ class Input:
 
     batch: int  # as in Activation, which follows if the sender trains on this batch
     x: Tensor  # (B, ...) the network's input
+    y: Tensor  # (B, ...) labels
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """A training batch whose activations and gradients travel by a way of their own (sync.py)."""
+
+    batch: int  # as in Activation
     y: Tensor  # (B, ...) labels
 
 
@@ -120,6 +128,6 @@ class Received:
     seq: int  # that message's number on the edge
 
 
-Downward = Union[Activation, Input, Evaluation, Checkpoint]
+Downward = Union[Activation, Input, Labels, Evaluation, Checkpoint]
 Upward = Union[Gradient, Answer, Saved, Report]
 Message = Union[Hello, Downward, Upward, Stop, Received]

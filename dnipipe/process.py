@@ -6,22 +6,25 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dnipipe.building import Job
-from dnipipe.errors import DnipipeError, PeerLost, PeerStopped
+from dnipipe.errors import ConfigError, DnipipeError, PeerLost, PeerStopped
 from dnipipe.laboratory import work as work_here
 from dnipipe.session import work
 from dnipipe.started import LAUNCHED, is_worker
 
+Work = Callable[[Job, bool], Path]  # a job, whether to resume it -> the run's folder
 
-def guarded(job: Job, resume: bool = False, debug: bool = False) -> tuple[int, Path]:
+
+def guarded(job: Job, resume: bool = False, debug: bool = False, part: Work | None = None) -> tuple[int, Path]:
     """Run this process's stage. Returns its exit status and the run's folder, which stage 0 chose.
 
-    The status: 0, 2 for what can be mended, 1 for what cannot.
+    The status: 0, 2 for what can be mended, 1 for what cannot. part: what is done, if it is not to train the job.
     """
     folder = Path(job.config.output.run)
     handler = get_error_handler() if is_worker() else None
@@ -29,7 +32,7 @@ def guarded(job: Job, resume: bool = False, debug: bool = False) -> tuple[int, P
         handler.initialize()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        return 0, (work_here if job.config.transport.kind == "local" else work)(job, resume)
+        return 0, (part or _training(job.config.transport.kind))(job, resume)
     except KeyboardInterrupt:  # before the loop, which ends in order (see Worker.interrupt)
         return 128 + signal.SIGINT, folder
     except Exception as error:
@@ -46,6 +49,14 @@ def guarded(job: Job, resume: bool = False, debug: bool = False) -> tuple[int, P
             where = f"stage {os.environ['RANK']}: " if "RANK" in os.environ else ""
             print(f"dnipipe: {where}{line}", file=sys.stderr, flush=True)
         return error.exit_status if isinstance(error, DnipipeError) else 1, folder
+
+
+def _training(kind: str) -> Work:
+    if kind != "local":
+        return work
+    if is_worker():
+        raise ConfigError("transport.kind = local trains all stages in one process: start it without torchrun")
+    return work_here
 
 
 __all__ = ["guarded"]

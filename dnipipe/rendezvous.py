@@ -118,8 +118,12 @@ class Rendezvous:
             scheme = "ipc" if self.machines == 1 else "tcp"
         if scheme == "ipc":
             return f"ipc://{folder}/{self.rank}"
-        host = chosen or (LOOPBACK if self.machines == 1 else self._own_address())
+        host = self.host(chosen)
         return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"
+
+    def host(self, chosen: str) -> str:
+        """The one address of this machine to listen on for tcp: the chosen one, else as narrow as it can be."""
+        return chosen or (LOOPBACK if self.machines == 1 else self._own_address())
 
     def _own_address(self) -> str:
         """The address of the interface that reaches the master: what packets would carry, though none is sent."""

@@ -58,7 +58,8 @@ def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]
     print(f"files   {run}: summary.json, metrics/, checkpoints/")
     if not config.output.quiet and not job.script:
         print(f"next    dnipipe export {run} -o model.safetensors")
-        print(f"        dnipipe train {run / 'config.toml'} --rule.name wait        the same, synchronously")
+        if config.rule.name != "sync" and config.transport.kind != "local":
+            print(f"        dnipipe compare {run / 'config.toml'}        beside synchronous training, 200 batches each")
         print("        dnipipe settings                                     everything that can be set")
 
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
 from dnipipe import checkpoint
-from dnipipe.config import Config, Output, build
+from dnipipe.config import Config, Output, build, replace
 from dnipipe.data import Batches, Task
 from dnipipe.errors import UsageError
 from dnipipe.folders import new_run
@@ -29,6 +31,10 @@ from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
 from dnipipe.predictors import Loss
 from dnipipe.started import LAUNCHED, is_worker
+
+if TYPE_CHECKING:
+    from dnipipe.building import Job
+    from dnipipe.process import Work
 
 _fits = 0  # how many fits this script has begun: which one a started process belongs to
 
@@ -41,7 +47,7 @@ class Run:
         stages: K, the number of processes; or the first layers of the stages after the first, as a list.
         loss: (output, labels) -> mean loss over the batch.
         optimizer: parameters -> optimizer; called in each stage with the stage's own.
-        rule: synthetic, blend, local, delayed or wait (gradient_rules.py).
+        rule: synthetic, blend, local, delayed or wait (gradient_rules.py), or sync (sync.py).
         schedule: batch id, from 1 -> factor on the learning rate, the same on every stage.
         settings: any other setting by section, e.g. predictor={"name": "linear"}, train={"seed": 1}.
 
@@ -87,23 +93,29 @@ class Run:
 
         Raises UsageError for what can be mended; ends the script with status 1 if a stage fails.
         """
-        global _fits
-        _fits += 1
-        started = json.loads(os.environ.get(LAUNCHED, "null"))  # the folders of this script's runs, up to the one meant
-        if started is not None and _fits < len(started):
-            return self._read(Path(started[_fits - 1]))  # an earlier fit of the same script: it is done
-        folder = Path(resume) if resume else Path(started[-1]) if started else _new_folder(self._settings)
-        config = _config(self._settings, folder, epochs)
-        if is_worker() or config.transport.kind == "local":
-            folder = self._work(config, train, validation, resume is not None)
-            if started is not None:
-                sys.exit(0)  # what stands behind fit() is for the launching process
-        else:
-            _folders.append(str(folder))
-            status = launch(config.pipeline.stages, _own_command(), json.dumps(_folders))
-            if status:
-                sys.exit(status)
-        return self._read(folder)
+        config = build({**self._settings, "train": {"epochs": epochs, **self._settings.get("train", {})}})
+        here = is_worker() or config.transport.kind == "local"
+        work = partial(self._train, config, train, validation, resume is not None)
+        return self._read(self._start(work, here, Path(resume) if resume else None))
+
+    def verify(self, train: Batches, batches: int = 20) -> bool:
+        """Show that K stages, under sync and under wait, learn what one process with plain autograd learns.
+
+        Prints a line a comparison, with the first weight that differs; returns whether none does. In float64, without
+        dropout layers, of the first `batches` of an epoch; the model stays as it is. Raises UsageError under torchrun.
+        """
+        started = LAUNCHED in os.environ
+        if is_worker() and not started:
+            raise UsageError("Run.verify() starts its processes itself: run the script without torchrun")
+        with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
+            run = self._start(partial(self._verify, train, batches), started, Path(folder) / "run")
+            if started:
+                return True  # in a process of a later fit: this was done before
+            from dnipipe import verify  # what a launching process has no use for until now
+
+            equal, lines = verify.read(run)
+        print("\n".join(lines), flush=True)
+        return equal
 
     def model(self) -> nn.Module:
         """The whole model with its trained weights: the module given to Run, in this process."""
@@ -117,28 +129,56 @@ class Run:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return summary
 
-    def _work(self, config: Config, train: Batches, validation: Batches | None, resume: bool) -> Path:
-        from dnipipe.building import Job  # what a launching process has no use for
-        from dnipipe.process import guarded
+    def _start(self, work: Callable[[Path], Path], here: bool, folder: Path | None) -> Path:
+        """Have a run's work done: in this process, as one of its stages, or else in copies of this script.
 
-        task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
-        job = Job(config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, script=True)
-        status, folder = guarded(job, resume)
-        if status:
-            sys.exit(status)
+        folder: the run's; None for a new one. Returns it.
+        """
+        global _fits
+        _fits += 1
+        started = json.loads(os.environ.get(LAUNCHED, "null"))  # the folders of this script's runs, up to the one meant
+        if started is not None and _fits < len(started):
+            return Path(started[_fits - 1])  # an earlier fit of the same script: it is done
+        if started is not None:
+            folder = Path(started[-1])
+        folder = folder or new_run(Path(self._settings.get("output", {}).get("dir", Output.dir)), "fit")
+        _folders.append(str(folder))
+        if here:
+            folder = work(folder)
+            if started is not None:
+                sys.exit(0)  # what stands behind fit() is for the launching process
+        else:
+            status = launch(self._settings["pipeline"]["stages"], _own_command(), json.dumps(_folders))
+            if status:
+                sys.exit(status)
         return folder
 
+    def _train(self, config: Config, train: Batches, validation: Batches | None, resume: bool, folder: Path) -> Path:
+        return _guarded(self._job(replace(config, output={"run": str(folder)}), train, validation), resume)
 
-_folders: list[str] = []  # of the runs that this process has launched
+    def _verify(self, train: Batches, batches: int, folder: Path) -> Path:
+        from dnipipe import verify
+
+        job = verify.prepared(self._job(build(self._settings), train, None), batches, folder)
+        return _guarded(job, part=verify.work)
+
+    def _job(self, config: Config, train: Batches, validation: Batches | None) -> Job:
+        from dnipipe.building import Job  # what a launching process has no use for
+
+        task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
+        return Job(config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, script=True)
 
 
-def _config(settings: dict[str, dict[str, Any]], folder: Path, epochs: int) -> Config:
-    train, output = settings.get("train", {}), settings.get("output", {})
-    return build({**settings, "train": {"epochs": epochs, **train}, "output": {**output, "run": str(folder)}})
+def _guarded(job: Job, resume: bool = False, part: Work | None = None) -> Path:
+    from dnipipe.process import guarded
+
+    status, folder = guarded(job, resume, part=part)
+    if status:
+        sys.exit(status)
+    return folder
 
 
-def _new_folder(settings: dict[str, dict[str, Any]]) -> Path:
-    return new_run(Path(settings.get("output", {}).get("dir", Output.dir)), "fit")
+_folders: list[str] = []  # of the runs that this process has begun
 
 
 def _own_command() -> list[str]:

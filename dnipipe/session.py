@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, metrics, result
+from dnipipe import checkpoint, gloo, metrics, result
 from dnipipe.building import (
     Job,
     build_stage,
@@ -44,6 +44,7 @@ from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
+from dnipipe.sync import SyncStage
 from dnipipe.tracing.writer import Trace
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.gloo import GlooTransport, choose_interface
@@ -99,6 +100,10 @@ def work(job: Job, resume: bool = False) -> Path:
         if isinstance(transport, GlooTransport):
             for side, lower in _edges(meeting).items():
                 transport.join(side, meeting.part(f"gloo/{lower}"))
+        if isinstance(stage, SyncStage):
+            with meeting.together("joined"):
+                stack.enter_context(gloo.joined(meeting, agreed.run_id, settings.transport.address))
+                stage.join(settings.transport.timeout)
         head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
         worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
         with interruptible(worker):

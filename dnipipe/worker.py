@@ -21,7 +21,19 @@ from dnipipe.errors import DnipipeError, PeerLost, PeerStopped, RunError, WaitTi
 from dnipipe.greeting import check_hello
 from dnipipe.head import Head
 from dnipipe.measured import MeasuredTransport
-from dnipipe.messages import Activation, Checkpoint, Evaluation, Gradient, Hello, Input, Message, Report, Saved, Stop
+from dnipipe.messages import (
+    Activation,
+    Checkpoint,
+    Evaluation,
+    Gradient,
+    Hello,
+    Input,
+    Labels,
+    Message,
+    Report,
+    Saved,
+    Stop,
+)
 from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.stage import Stage
 from dnipipe.tracing.writer import Trace
@@ -106,7 +118,7 @@ class Worker:
 
     def send(self, message: Message) -> None:
         """Route what the stage yields: batches and markers down, the rest up; at stage 0 its head takes that."""
-        if isinstance(message, (Activation, Input, Evaluation, Checkpoint)):
+        if isinstance(message, (Activation, Input, Labels, Evaluation, Checkpoint)):
             self.transport.send(Side.NEXT, message)
             return
         if isinstance(message, Gradient) and message.batch in self._starved:
@@ -186,7 +198,7 @@ class Worker:
 
     def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
         self._waiting_since = None
-        if isinstance(message, (Activation, Input, Gradient)):
+        if isinstance(message, (Activation, Input, Labels, Gradient)):
             self._heard[side] = message.batch
         if waited and isinstance(message, (Activation, Input)) and message.batch > self.stage.last_batch:
             self._starved.add(message.batch)

@@ -55,10 +55,12 @@ def test_check_shows_what_guesses_a_stages_input(capsys: pytest.CaptureFixture[s
     assert len(edges) == 3
 
 
-@pytest.mark.parametrize("rule", ["local", "wait"])
+@pytest.mark.parametrize("rule", ["local", "wait", "sync"])
 def test_check_knows_every_rule(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", *words(rule__name=rule)]) == 0
-    assert f"rule    {rule}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"rule    {rule}" in shown
+    assert ("sync    1f1b: 8 micro-batches of 1 samples" in shown) == (rule == "sync")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_embedded_default_is_valid() -> None:
         (["--rul.name", "wait"], "unknown section [rul] (did you mean rule?)"),
         (
             ["--rule.name", "wiat"],
-            "rule.name = 'wiat': expected synthetic | blend | local | delayed | wait (did you mean wait?)",
+            "rule.name = 'wiat': expected synthetic | blend | local | delayed | wait | sync (did you mean wait?)",
         ),
         (["--train.epochs", "many"], "train.epochs = 'many': expected a whole number"),
         (["--train.epochs", "1.5"], "train.epochs = '1.5': expected a whole number"),
@@ -83,6 +83,14 @@ def test_the_embedded_default_is_valid() -> None:
         (["--pipeline.boundaries", "1,x"], "pipeline.boundaries = '1,x': expected a list of whole numbers"),
         (["--pipeline.boundaries", "1"], "pipeline.boundaries = [1] cuts 2 stages, but pipeline.stages = 4"),
         (["--rule.name", "wait", "--pipeline.window", "4"], "pipeline.window = 4 with rule.name = wait"),
+        (["--rule.name", "sync", "--pipeline.window", "4"], "pipeline.window = 4 with rule.name = sync"),
+        (["--rule.name", "sync", "--rule.accumulate", "4"], "rule.accumulate = 4 with rule.name = sync: it is for"),
+        (["--rule.name", "sync", "--rule.stash"], "rule.stash = true with rule.name = sync: it is for stages that"),
+        (["--rule.name", "sync", "--rule.then", "9:local"], "rule.name = sync with rule.then = '9:local': a run is"),
+        (["--rule.name", "local", "--rule.then", "9:sync"], "change the rule with --resume"),
+        (["--rule.name", "sync", "--transport.kind", "local"], "transport.kind = local with rule.name = sync"),
+        (["--rule.name", "sync", "--train.on_nan", "skip"], "train.on_nan = skip with rule.name = sync"),
+        (["--sync.schedule", "zb"], "sync.schedule = 'zb': expected 1f1b | gpipe"),
         (
             ["--rule.name", "delayed", "--rule.warmup", "9"],
             "rule.warmup = 9 with rule.name = delayed: it predicts nothing",

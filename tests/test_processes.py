@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dnipipe import checkpoint, data, models
+from dnipipe import checkpoint, data, models, optim
 from dnipipe.config import load
 from dnipipe.head import Head
 from dnipipe.metrics import StageMetrics
@@ -108,7 +108,7 @@ def plain(batches: int, **settings: object) -> dict[str, torch.Tensor]:
     torch.manual_seed(config.train.seed)
     model = models.build(config)
     loss, task = models.loss_of(config), data.load(config)
-    optimizer = torch.optim.Adam(model.parameters(), config.optimizer.lr)
+    optimizer = optim.factory(config)(model.parameters())
     head = Head(config, task, Path("unused"), StageMetrics(0, 1), None, 0, batches)  # type: ignore[arg-type]
     for _, x, y in head._batches():
         optimizer.zero_grad()

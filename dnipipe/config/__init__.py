@@ -6,14 +6,15 @@ One path checks both sources: `build` takes nested plain values and returns a `C
 names the setting, its value and the way out. Nothing here touches torch or a socket, or a file but the TOML.
 """
 
-from dnipipe.config.sections import Output, Predictor, WireSettings
-from dnipipe.config.settings import Config, describe, flat, phases, replace, shared_settings
+from dnipipe.config.sections import Output, Predictor, Sync, WireSettings
+from dnipipe.config.settings import Config, describe, flat, phases, replace, shared_settings, under
 from dnipipe.config.sources import build, default, load
 
 __all__ = [
     "Config",
     "Output",
     "Predictor",
+    "Sync",
     "WireSettings",
     "build",
     "default",
@@ -23,4 +24,5 @@ __all__ = [
     "phases",
     "replace",
     "shared_settings",
+    "under",
 ]

@@ -55,8 +55,8 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Rule:
-    name: Literal["synthetic", "blend", "local", "delayed", "wait"] = setting(
-        "blend", "where a stage's gradient comes from"
+    name: Literal["synthetic", "blend", "local", "delayed", "wait", "sync"] = setting(
+        "blend", "where a stage's gradient comes from; sync: synchronous training, by torch.distributed.pipelining"
     )
     then: str = setting("", "rules that follow and the batch that each begins with, e.g. 501:synthetic,1501:blend")
     bp_lambda: float = setting(
@@ -109,6 +109,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "predictor": {"matching": 0.0},
     }
 }
+
+
+@dataclass(frozen=True)
+class Sync:
+    schedule: Literal["1f1b", "gpipe"] = setting("1f1b", "sync: in which order micro-batches go forward and back")
+    microbatches: int = setting(
+        0, "sync: equal parts of a batch (0: of the numbers that divide it, the largest up to 2 K)", low=0
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dnipipe.config.sections import (
     Pipeline,
     Predictor,
     Rule,
+    Sync,
     Train,
     TransportSettings,
     WireSettings,
@@ -34,6 +35,7 @@ class Config:
     data: Data = field(default_factory=Data)
     pipeline: Pipeline = field(default_factory=Pipeline)
     rule: Rule = field(default_factory=Rule)
+    sync: Sync = field(default_factory=Sync)
     predictor: Predictor = field(default_factory=Predictor)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
@@ -62,6 +64,8 @@ class Config:
                 f"pipeline.window = {pipeline.window} with rule.name = wait: waiting is exact with one batch in "
                 "flight only; leave pipeline.window at auto, or use rule.name = synthetic"
             )
+        if "sync" in rules:
+            self._check_sync()
         self._check_rule()
         self._check_meanwhile()
         self._check_schedule()
@@ -98,6 +102,37 @@ class Config:
             raise ConfigError(
                 f"wire.gradient_every = {every} with rule.warmup_rule = wait: it applies each gradient meanwhile; use "
                 "rule.warmup_rule = zero, local or scale"
+            )
+
+    def _check_sync(self) -> None:
+        """One step of all stages at a time: what lets a stage go its own way does not fit."""
+        if self.rule.name != "sync" or self.rule.then:
+            raise ConfigError(
+                f"rule.name = {self.rule.name} with rule.then = {self.rule.then!r}: a run is synchronous from its "
+                "first batch to its last; change the rule with --resume"
+            )
+        for item in fields(Rule):
+            value = getattr(self.rule, item.name)
+            if item.name != "name" and value != item.default:
+                shown, default = (str(v).lower() if isinstance(v, bool) else v for v in (value, item.default))
+                raise ConfigError(
+                    f"rule.{item.name} = {shown} with rule.name = sync: it is for stages that update on their own; "
+                    f"leave it at {default}"
+                )
+        if self.transport.kind == "local":
+            raise ConfigError(
+                "transport.kind = local with rule.name = sync: torch.distributed.pipelining needs a process a stage; "
+                "leave transport.kind at zmq, or use rule.name = wait, which learns the same"
+            )
+        if self.pipeline.window != "auto":
+            raise ConfigError(
+                f"pipeline.window = {self.pipeline.window} with rule.name = sync: one batch is under way, in "
+                "sync.microbatches parts; leave pipeline.window at auto"
+            )
+        if self.train.on_nan != "stop":
+            raise ConfigError(
+                f"train.on_nan = {self.train.on_nan} with rule.name = sync: every stage would have to know of such a "
+                "loss before it steps; use train.on_nan = stop"
             )
 
     def _check_rule(self) -> None:
@@ -173,6 +208,17 @@ def phases(rule: Rule) -> list[tuple[int, str]]:
             )
         found.append((int(start), name))
     return found
+
+
+def under(config: Config, name: str) -> Config:
+    """The same run under another rule, as that rule begins: what the old one was given, or the laboratory, goes."""
+    return replace(
+        config,
+        rule=vars(Rule(name=name)),  # type: ignore[arg-type]
+        pipeline={"window": "auto"},
+        train={"on_nan": "stop"},
+        transport={"kind": "zmq", "delay": 0},
+    )
 
 
 def flat(config: Config) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """Numbers about one stage: where its time goes, how good its synthetic gradient is; and the files they go to.
 
-clock ◄─ measures: StageMetrics ─► numbers, totals ─► files: metrics/stage-k.jsonl, TensorBoard, summary.json
+clock, memory ◄─ measures: StageMetrics ─► numbers, totals ─► files: metrics/stage-k.jsonl, TensorBoard, summary.json
 """
 
 from dnipipe.metrics.clock import LABELS, WAITS, Clock

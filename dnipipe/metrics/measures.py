@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dnipipe.metrics.clock import LABELS, Clock, spending
+from dnipipe.metrics.memory import peak_memory
 
 FOLD = 256  # gradients whose dot products are kept one by one
 COMPARED = 4  # one gradient in so many is compared with its prediction: it costs a tenth of a millisecond
@@ -140,6 +141,7 @@ class StageMetrics:
         every = self._all + self._lately
         found = {**spending(self.clock.seconds(), self.clock.processor()), **every.means()}
         found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
+        found["peak_memory"] = peak_memory()
         return _finite(found | {f"skipped.{reason}": count for reason, count in self.skipped.items()})
 
     def _fold(self) -> None:

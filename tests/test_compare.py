@@ -1,0 +1,109 @@
+"""compare: what counts of a run's metrics, and what is advised.
+
+           loss no higher      alike            higher
+faster     the rule            the rule         time or samples
+alike      the rule            a draw           sync
+slower     samples or time     sync             sync
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dnipipe import cli, compare
+from dnipipe.compare import Side
+from tests.test_processes import start, words
+
+MIB = 2**20
+
+
+def line(batch: int, batches: int, seconds: float, samples: int | None = None) -> dict[str, float]:
+    return {
+        "batch": batch,
+        "batches": batches,
+        "seconds": seconds,
+        "samples": 10 * batches if samples is None else samples,
+    }
+
+
+def test_the_rate_leaves_out_the_warm_up_and_the_end() -> None:
+    lines = [
+        line(10, 10, 5.0),  # slow at first
+        line(25, 15, 3.0),  # begins within the first fifth
+        line(60, 35, 1.0),
+        line(90, 30, 1.0),
+        line(100, 10, 9.0),  # the evaluation is in it
+        line(100, 0, 1.0),
+    ]
+    assert compare.rate(lines, 100) == (350 + 300) / 2.0
+    assert compare.rate(lines[:2], 100) is None and compare.rate([], 100) is None
+
+
+@pytest.mark.parametrize(
+    ("rate", "loss", "says"),
+    [
+        (
+            200.0,
+            1.9,
+            "choose blend: blend trains 2.00 times as many samples a second, and after 50 batches its loss is",
+        ),
+        (200.0, 2.01, "choose blend: "),
+        (200.0, 2.2, "choose blend where time counts and sync where samples do: "),
+        (102.0, 1.8, "choose blend: "),
+        (102.0, 2.01, "a draw, and sync is the simpler: blend trains 1.02 times as many samples a second, and after"),
+        (102.0, 2.2, "choose sync: "),
+        (50.0, 1.8, "choose sync where time counts and blend where samples do: "),
+        (50.0, 2.01, "choose sync: "),
+        (
+            50.0,
+            2.2,
+            "choose sync: blend trains 0.50 times as many samples a second, and after 50 batches its loss is 10.0",
+        ),
+        (200.0, None, "choose blend: blend trains 2.00 times as many samples a second"),
+    ],
+)
+def test_the_advice_is_by_rate_and_loss(rate: float, loss: float | None, says: str) -> None:
+    own, sync = Side("blend", rate, loss, (1,)), Side("sync", 100.0, 2.0, (1,))
+    assert compare.advice(own, sync, 50).startswith(says)
+
+
+def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    lines = [line(10 * n, 10, 1.0) for n in range(1, 11)]
+    (tmp_path / "metrics" / "stage-1.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    told = {
+        "rule": "blend",
+        "train": {"batches": 100, "samples_per_second": 7.0},
+        "eval": {"loss": 2.0, "accuracy": None},
+        "stage": [{"peak_memory": 5 * MIB}, {"peak_memory": 6 * MIB}],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    assert compare.side(tmp_path) == Side("blend", 100.0, 2.0, (5 * MIB, 6 * MIB))
+    (tmp_path / "metrics" / "stage-1.jsonl").write_text("")
+    assert compare.side(tmp_path).rate == 7.0  # too short to tell a part of it apart
+
+
+@pytest.mark.parametrize("settings", [["--rule.name=sync"], ["--transport.kind=local"]])
+def test_what_cannot_be_compared_is_refused(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", *settings]) == 2
+    assert "compare measures a rule over processes beside sync" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(180)
+def test_both_runs_stand_side_by_side(tmp_path: Path) -> None:
+    process = start("compare", *words(output__dir=tmp_path, pipeline__stages=2), "--batches", "40")
+    out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, out + err
+    head, rate, loss, *memory, advice = out.splitlines()[-6:]
+    assert head.split() == ["blend", "sync"]
+    assert rate.startswith("samples/s ") and rate.endswith(" times") and loss.startswith("loss at the end ")
+    assert [one.split()[:4] for one in memory] == [["peak", "memory,", "stage", str(k)] for k in range(2)]
+    assert all(float(one.split()[4]) > 50 for one in memory)  # MiB: torch alone takes more
+    assert "times as many samples a second, and after 40 batches its loss is" in advice
+    (folder,) = tmp_path.glob("compare-default-*")
+    told = [json.loads((folder / name / "summary.json").read_text()) for name in ("as-it-is", "sync")]
+    assert [one["rule"] for one in told] == ["blend", "sync"] and all(one["train"]["batches"] == 40 for one in told)

@@ -1,0 +1,120 @@
+"""verify: what is equal is called so, and of what is not, the first name.
+
+reference   a 1.0   b 2.0   c 3.0
+weights     a 1.0   b 2.1   c 4.0      first b, by 0.1; largest 1.0, in c
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+from dnipipe import cli, verify
+from dnipipe.config import load
+from dnipipe.data import Task
+from dnipipe.jobs import job_of
+from tests.test_processes import start, words
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("found", "first", "by", "where"),
+    [
+        ([1.0, 2.0, 3.0], "", 0.0, ""),
+        ([1.0, 2.0, 3.0 + 1e-12], "", 0.0, "c"),
+        ([1.0, 2.1, 4.0], "b", 0.1, "c"),
+        ([NAN, 2.0, 3.0], "a", float("inf"), "a"),
+    ],
+    ids=["equal", "rounding", "two", "nan"],
+)
+def test_a_difference_is_told_by_its_first_name_and_its_size(
+    found: list[float], first: str, by: float, where: str
+) -> None:
+    told = verify.difference(named(found), named([1.0, 2.0, 3.0]))
+    assert (told.first, told.where) == (first, where)
+    assert told.by == pytest.approx(by, rel=1e-5)
+
+
+def named(values: list[float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([value], dtype=torch.float64) for name, value in zip("abc", values, strict=True)}
+
+
+def test_what_differs_by_nature_is_taken_away(tmp_path: Path) -> None:
+    """Dropout, clipping, float32, evaluations, batches of other shapes; for BatchNorm micro-batches."""
+    job = job_of(load(None, words(rule__name="blend", model__dropout=0.5, optimizer__clip=1.0, eval__every=5)))
+    ragged = [(torch.randn(n, 2), torch.randint(3, (n,))) for n in (4, 4, 3, 4)]
+    job = verify.replace(
+        job,
+        model=lambda: nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)),
+        task=lambda: Task(ragged, ragged, None, "", None, None),
+    )
+    made = verify.prepared(job, 9, tmp_path / "run")
+    settings, task = made.config, made.task()
+    assert (settings.rule.name, settings.rule.stash) == ("sync", False)
+    assert (settings.optimizer.clip, settings.eval.every) == (0, 0)
+    assert (settings.sync.schedule, settings.sync.microbatches, settings.train.batches) == ("gpipe", 1, 9)
+    assert task.validation is None and [len(x) for x, _ in task.train] == [4, 4, 4]
+    assert all(x.dtype is torch.float64 and y.dtype is torch.int64 for x, y in task.train)
+    model = made.model()
+    assert isinstance(model, nn.Sequential) and isinstance(model[2], nn.Dropout)
+    assert model[2].p == 0 and model[0].weight.dtype is torch.float64
+
+
+@pytest.mark.parametrize("words", [["--batches", "0"], ["--batches", "few"]])
+def test_a_number_of_batches_is_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["verify", *words])
+    assert "expected a whole number, at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(180)
+def test_the_built_in_model_is_verified_on_the_command_line() -> None:
+    """Whatever the file's rule is, and with Adam."""
+    process = start("verify", *words(model__dropout=0.1, pipeline__stages=2), "--batches", "10")
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, out + err
+    head, wait, sync = out.splitlines()
+    assert head == "verify  10 batches in float64, without dropout and optimizer.clip"
+    assert wait.startswith("wait    2 stages in one process: equal to one process; largest difference 0.0e+00")
+    assert sync.startswith("sync    2 processes, 1f1b: equal to one process; largest difference ") and err == ""
+
+
+SCRIPT = """
+import dnipipe, torch, torch.nn as nn, torch.nn.functional as F
+
+class Counting(nn.Module):
+    calls = 0
+    def forward(self, x):
+        self.calls += self.training
+        return x * (1 + 0.01 * self.calls)
+
+batches = [(torch.randn(12, 8), torch.randint(3, (12,))) for _ in range(4)]   # other ones in each process: no seed
+equal = []
+for layer in (nn.Tanh(), Counting()):
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), layer, nn.Linear(16, 3))
+    run = dnipipe.Run(model, stages=[3], loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2))
+    equal.append(run.verify(batches, 6))
+print("equal", equal, next(model.parameters()).dtype)   # here comes the launching process alone
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(180)
+def test_a_layer_with_a_hidden_state_is_found_out(tmp_path: Path) -> None:
+    """A user's own model; BatchNorm in it is said, and does not hide it."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    process = start(str(script), program=())
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert lines[-1] == "equal [True, False] torch.float32"
+    assert sum("1 is a BatchNorm, which sees one micro-batch at a time under sync" in line for line in lines) == 2
+    (told,) = [line for line in lines if "NOT equal" in line]
+    assert told.startswith("wait    2 stages in one process: NOT equal to one process: first 0.weight, by ")
+    assert "a batch's forward is run twice" in lines[lines.index(told) + 1]
