@@ -107,7 +107,7 @@ class Worker:
     def _handle(self, message: Message) -> None:
         # of training: the ids of evaluations are their own
         self.metrics.clock.batch = (
-            message.batch if isinstance(message, (Activation, Input, Gradient, Checkpoint)) else 0
+            message.batch if isinstance(message, (Activation, Input, Labels, Gradient, Checkpoint)) else 0
         )
         with self.metrics.clock.span("keep"):
             for out in self.stage.handle(message):

@@ -18,19 +18,23 @@ EVERY = 0.1  # seconds between two lines of metrics
 
 def train(workload: Workload, words: tuple[str, ...], batches: int, folder: Path) -> Measured:
     """Train WARM_UP + `batches` batches with these settings. Raises SystemExit if that fails."""
-    total = ("--train.batches", str(WARM_UP + batches))
-    output = ("--output.run", str(folder), "--output.every", str(EVERY), "--output.quiet", "true")
-    job = workload.job(workload.config(*words, *total, *output))
     with Sampler() as sampler:
-        status, folder = guarded(job)
-    if status:
-        raise SystemExit(status)
+        folder = run(workload, (*words, "--output.every", str(EVERY)), WARM_UP + batches, folder)
     rank = int(os.environ["RANK"])
     lines = [json.loads(line) for line in (folder / "metrics" / f"stage-{rank}.jsonl").read_text().splitlines()]
-    return measured(lines, sampler, job.config.data.batch, WARM_UP + batches)
+    return measured(lines, sampler, WARM_UP + batches)
 
 
-def measured(lines: list[dict[str, float]], sampler: Sampler, size: int, total: int) -> Measured:
+def run(workload: Workload, words: tuple[str, ...], batches: int, folder: Path) -> Path:
+    """This rank's part in a run of so many batches; returns its folder. Raises SystemExit if it fails."""
+    output = ("--output.run", str(folder), "--output.quiet", "true")
+    status, folder = guarded(workload.job(workload.config(*words, "--train.batches", str(batches), *output)))
+    if status:
+        raise SystemExit(status)
+    return folder
+
+
+def measured(lines: list[dict[str, float]], sampler: Sampler, total: int) -> Measured:
     """From the line behind the warm-up to the last one that still has a batch to come."""
     counted = [line for line in lines if WARM_UP <= line["batch"] < total]
     if len(counted) < 2:
@@ -70,4 +74,4 @@ class Sampler:
             self._samples.append(now)
 
 
-__all__ = ["train"]
+__all__ = ["run", "train"]

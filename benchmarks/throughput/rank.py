@@ -16,7 +16,7 @@ class Order:
     """What a rank is to do.
 
     Args:
-        system: "dnipipe", "alone", or the schedule of a synchronous pipeline.
+        system: "dnipipe", "alone", or the schedule of a synchronous pipeline; "traced": dnipipe from its first batch.
         words: settings of dnipipe. microbatches: of a synchronous step. stage: that is alone.
         batches: to count. seconds: to measure, where there is no number of batches.
         folder: of dnipipe's run.
@@ -54,7 +54,11 @@ def carry_out(order: Order) -> dict[str, float | None]:
     if order.system == "dnipipe":
         return asdict(decoupled.train(workload, order.words, order.batches, Path(order.folder)))
     window = Window()
-    if order.system == "alone":
+    if order.system == "traced":
+        window.open()
+        decoupled.run(workload, order.words, order.batches, Path(order.folder))
+        window.close(order.batches)
+    elif order.system == "alone":
         synchronous.alone(workload, order.stage, order.seconds, window)
     else:
         synchronous.pipeline(workload, order.system, order.microbatches, order.seconds, window)
