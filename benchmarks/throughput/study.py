@@ -27,7 +27,7 @@ ALONE = "alone"
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "plain")  # of torch.distributed.pipelining; plain: one rank at a time
 RULES = {
     "local": ("--rule.name", "local"),
-    "synthetic": ("--rule.name", "synthetic"),
+    "synthetic": ("--rule.name", "synthetic", "--predictor.rows", "0.25"),
     "blend": ("--rule.name", "blend"),
     "delayed-4": ("--rule.name", "delayed", "--rule.accumulate", "4"),
 }
