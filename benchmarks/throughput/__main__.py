@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.throughput.places import RunFailed, place
 from benchmarks.throughput.report import plots, tables
 from benchmarks.throughput.study import SYSTEMS, Condition, Record, Study, load
 
+DELAYS = [0.0, 1.0, 10.0, 50.0, 100.0]  # ms
 RESULTS = ROOT / "benchmarks" / "throughput" / "results"
 
 
@@ -22,11 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.quick:
-        options.delays, options.systems, options.repeats, options.seconds = [0.0, 50.0], ["1f1b", "local"], 1, 3.0
+        options.systems, options.repeats, options.seconds = ["1f1b", "local"], 1, 3.0
         options.stages, options.microbatches = [2], [8]
-    if options.links == "none" and any(options.delays) | any(options.rates) | bool(options.jitter):
-        options.delays, options.rates, options.jitter = [0.0], [0.0], 0.0
-        print("--links none has no delay, rate or jitter: measuring at 0 ms only", file=sys.stderr)
+        options.delays = [0.0, 50.0] if options.links == "emulated" else None
+    if options.links != "emulated":
+        if options.delays or any(options.rates) or options.jitter:
+            parser.error(
+                f"--links {options.links}: its links are as they are; --delays, --rates and --jitter need emulated ones"
+            )
+        options.delays = [0.0]
+    options.delays = options.delays or DELAYS
     study = Study(
         tuple(_conditions(options)),
         tuple(options.systems),
@@ -35,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.seconds,
         options.links,
     )
-    folder = options.out or (ROOT / "runs" / "throughput-quick" if options.quick else RESULTS)
+    own = "quick" if options.quick else options.links
+    folder = options.out or (RESULTS if own == "emulated" else ROOT / "runs" / f"throughput-{own}")
     records = load(folder / "records.jsonl")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not options.table:
         _measure(study, max(options.stages), folder, records)
     _write(records, folder)
@@ -83,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--links", choices=("none", "emulated", "hosts"), default="none", help="where ranks run (default: %(default)s)")
     add("--stages", nargs="+", type=int, default=[2], metavar="K")
-    add("--delays", nargs="+", type=float, default=[0, 1, 10, 50, 100], metavar="MS", help="one way")
+    add("--delays", nargs="+", type=float, metavar="MS", help="one way; emulated links only (default: 0 1 10 50 100)")
     add("--rates", nargs="+", type=float, default=[0], metavar="MBIT", help="of each host's line; 0: no limit")
     add("--jitter", type=float, default=0.0, metavar="MS")
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))

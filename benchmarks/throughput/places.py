@@ -39,7 +39,6 @@ class RunFailed(Exception):
 class Place(Protocol):
     """What can run a list of orders, one a rank."""
 
-    emulates: bool  # whether it can give the links a delay
     reports: bool  # whether this process is the one that writes results
 
     def run(self, orders: Sequence[Order], link: Link) -> list[Measured]:
@@ -53,7 +52,6 @@ class Here:
 
     def __init__(self, emulator: Emulator | None = None) -> None:
         self.emulator = emulator
-        self.emulates = emulator is not None
 
     def run(self, orders: Sequence[Order], link: Link) -> list[Measured]:
         if self.emulator:
@@ -76,8 +74,6 @@ class Here:
 
 class Hosts:
     """This machine's rank of a run on several, which torchrun has started this same command on."""
-
-    emulates = False
 
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

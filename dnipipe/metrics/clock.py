@@ -49,7 +49,7 @@ class Clock:
     So does `processor()` for the seconds that this thread had a processor. The two differ where more processes run
     than there are cores: one that is set aside in the middle of a send has not spent that time on sending.
 
-    A span costs 2 µs on a core of a Xeon, half of it the kernel's answer to how long the thread had a processor.
+    A span costs 1 to 2 µs (docs/files.md), half of it the kernel's answer to how long the thread had a processor.
     """
 
     def __init__(

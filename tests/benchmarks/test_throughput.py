@@ -23,7 +23,7 @@ from benchmarks.throughput.window import Measured
 class Invented:
     """Samples a second by system; a schedule is best with 8 micro-batches. Stage 1 is slower than stage 0."""
 
-    reports, emulates = True, True
+    reports = True
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int, float]] = []
@@ -94,6 +94,17 @@ def test_the_tables_have_shares_ratios_and_costs(two_cores: None) -> None:
     assert "| `local` | 25, 25 | 2, 2 | 400, 400 | 2.5, 2.5 |" in text
 
 
+@pytest.mark.parametrize("words", [["--delays", "10"], ["--rates", "100"], ["--jitter", "2"]])
+@pytest.mark.parametrize("links", ["none", "hosts"])
+def test_what_only_emulated_links_have_is_refused_elsewhere(
+    links: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--links", links, *words, "--table"])
+    assert ended.value.code == 2
+    assert f"--links {links}: its links are as they are" in capsys.readouterr().err
+
+
 def test_a_rank_that_fails_ends_all_and_says_why() -> None:
     with pytest.raises(RunFailed, match=r"rank \d: .*no such schedule"):
         Here().run([Order("no such schedule", 2, sleep=0.001, seconds=0.1)] * 2, Link())
@@ -101,7 +112,7 @@ def test_a_rank_that_fails_ends_all_and_says_why() -> None:
 
 def test_real_ranks_of_a_schedule_and_of_dnipipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--systems", "1f1b", "local", "--microbatches", "4", "--compute", "sleep=3ms", "--repeats", "1"]
-    assert main([*words, "--delays", "0", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
+    assert main([*words, "--seconds", "0.5", "--out", str(tmp_path)]) == 0
     records = load(tmp_path / "records.jsonl")
     assert [(r.system, len(r.ranks)) for r in records] == [("alone", 2), ("1f1b", 2), ("local", 2)]
     assert all(rank.samples > 0 and rank.memory > 50 for r in records for rank in r.ranks)
