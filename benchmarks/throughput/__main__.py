@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--slow", nargs="+", default=[], metavar="STAGE:FACTOR", help="with --compute: this stage takes longer")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=6.0, help="of each measurement")
-    add("--quick", action="store_true", help="90 seconds, to see that it works: two systems, two delays, once")
+    add("--quick", action="store_true", help="a minute, to see that it works: two systems, two delays, once")
     add("--table", action="store_true", help="make tables and plots of what there is and measure nothing")
     add("--out", type=Path, metavar="FOLDER", help="records, tables and plots")
     return parser
