@@ -104,15 +104,17 @@ def work(job: Job, resume: bool = False) -> Path:
             with meeting.together("joined"):
                 stack.enter_context(gloo.joined(meeting, agreed.run_id, settings.transport.address))
                 stage.join(settings.transport.timeout)
-        head = stack.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
-        worker = stack.enter_context(worker_of(settings, agreed, stage, transport, head))
-        with interruptible(worker):
-            worker.greet(_hellos(meeting, settings, agreed))
-            sockets.cleanup()  # the neighbours are connected: nobody else can be, and a killed process leaves no file
-            worker.run()
-    with meeting.together("finished"):  # whoever goes on behind this finds the summary
-        if head:
-            conclude(job, tasks[0], agreed, head)
+        with ExitStack() as writers:
+            head = writers.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
+            worker = writers.enter_context(worker_of(settings, agreed, stage, transport, head))
+            with interruptible(worker):
+                worker.greet(_hellos(meeting, settings, agreed))
+                sockets.cleanup()  # the neighbours are connected: nobody else can be; a killed process leaves no file
+                worker.run()
+        with meeting.together("finished"):  # whoever goes on behind this finds the summary
+            if head:
+                conclude(job, tasks[0], agreed, head)
+        # only now does an edge close: stage 0 has the last reports, so nothing that was sent is still under way
     meeting.leave()
     return Path(agreed.folder)
 

@@ -41,6 +41,7 @@ from dnipipe.transport import Side, Transport
 from dnipipe.window import Window
 
 GRACE = 20.0  # seconds in which an interrupted run must have ended in order
+TOLD_EVERY = 1.0  # seconds, at least, between two reports to stage 0: each passes through every stage before this one
 
 
 class Worker:
@@ -77,6 +78,7 @@ class Worker:
         self._asked_to_stop = False
         self._waiting_since: float | None = None
         self._next_report = time.monotonic() + report_every
+        self._next_told = 0.0
         self._starved: set[int] = set()  # batches for which this stage sat idle
         self._heard = {Side.PREVIOUS: 0, Side.NEXT: 0}  # last batch id that each neighbour spoke of
         self._neighbours = [Side.NEXT] * (not stage.last) + [Side.PREVIOUS] * (stage.index > 0)
@@ -295,7 +297,10 @@ class Worker:
             self.log.write(self.stage.last_batch, numbers)
             if self.trace:
                 self.trace.flush()
-        self.send(Report(self.index, self.stage.last_batch, numbers))
+        now = time.monotonic()
+        if now >= self._next_told or self.stopping:
+            self._next_told = now + TOLD_EVERY
+            self.send(Report(self.index, self.stage.last_batch, numbers))
 
     # -- the first words ---------------------------------------------------------------------------------------
 

@@ -209,5 +209,7 @@ class Output:
     run: str = setting("", "folder of this run (empty: a new one under output.dir)", local=True)
     quiet: bool = setting(False, "print only the result", local=True)
     tensorboard: bool = setting(False, "also write TensorBoard files (extra: tensorboard)", local=True)
-    every: float = setting(1.0, "seconds between two lines of metrics", low=0.05, local=True)
+    every: float = setting(
+        1.0, "seconds between two lines of metrics; the table has one a second at most", low=0.05, local=True
+    )
     trace: bool = setting(False, "also write what each moment was spent on, for `dnipipe trace`")

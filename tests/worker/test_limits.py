@@ -95,7 +95,8 @@ def test_both_neighbours_are_told(bench: Make) -> None:
 # -- reports -----------------------------------------------------------------------------------------------------
 
 
-def test_reports_go_out_while_nothing_comes(bench: Make, tmp_path: Path) -> None:
+def test_reports_go_out_while_nothing_comes(bench: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOLD_EVERY", 0.0)
     one = bench(report_every=0.05).next_answers()
     one.wire.late.extend([lambda: None, lambda: None, lambda: one.previous(*batches(1, 1), Stop(1))])
     one.worker.run()
@@ -104,6 +105,19 @@ def test_reports_go_out_while_nothing_comes(bench: Make, tmp_path: Path) -> None
     assert sum(message.batch == 0 for message in reports) >= 2  # one each wait that ended with nothing
     lines = [json.loads(line) for line in (tmp_path / "stage-1.jsonl").read_text().splitlines()]
     assert [line["batch"] for line in lines] == [message.batch for message in reports[:-1]]
+
+
+def test_stage_0_is_told_less_often_than_lines_are_written(
+    bench: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each report passes through every stage before this one: what stage 0 shows a person does not need more."""
+    monkeypatch.setattr(module, "TOLD_EVERY", 3600.0)
+    one = bench(report_every=0.05).next_answers()
+    one.wire.late.extend([lambda: None, lambda: None, lambda: one.previous(*batches(1, 1), Stop(1))])
+    one.worker.run()
+    reports = [message for message in one.heard(Side.PREVIOUS) if isinstance(message, Report) and message.stage == 1]
+    assert [message.final for message in reports] == [False, False, True]  # the first, at the end, and the last words
+    assert len((tmp_path / "stage-1.jsonl").read_text().splitlines()) >= 3
 
 
 def test_a_stage_whose_starter_is_gone_ends_with_its_next_report(bench: Make, monkeypatch: pytest.MonkeyPatch) -> None:
