@@ -1,4 +1,4 @@
-"""dnipipe train | check | verify | compare | export | trace | settings.
+"""dnipipe train | stage | check | verify | compare | export | trace | settings.
 
 Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
 """
@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--quiet", action="store_true", help="print only the result")
     train.set_defaults(run=_train)
+    stage = commands.add_parser("stage", help="one stage of a run as a service of its own, started again when it dies")
+    stage.add_argument("config", help="TOML file, the same for all stages")
+    stage.add_argument("--index", type=int, required=True, metavar="K", help="which stage, from 0")
+    stage.add_argument("--no-restart", action="store_true", help="end when it dies: somebody else starts it again")
+    stage.add_argument("--healthy", action="store_true", help="only say, by the exit status, whether it makes progress")
+    stage.set_defaults(run=_stage)
     check = commands.add_parser("check", help="send one batch through all stages in one process; print the plan")
     check.add_argument("config", nargs="?", help="TOML file")
     check.set_defaults(run=_check)
@@ -100,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.set_defaults(run=_trace)
     settings = commands.add_parser("settings", help="list every setting, its default and what it does")
     settings.set_defaults(run=_settings)
-    for command in (train, check, verify, compare, export, trace, settings):
+    for command in (train, stage, check, verify, compare, export, trace, settings):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
     return parser
 
@@ -143,6 +149,28 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
     folder = resumed or Path(config.output.run or new_run(Path(config.output.dir), name))
     quiet = config.output.quiet or options.quiet
     return replace(config, output={"run": str(folder), "quiet": quiet}), folder
+
+
+def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe.service import place, supervisor
+
+    path = Path(options.config)
+    config = load(path, overrides)
+    run = Path(config.output.run or Path(config.output.dir) / path.stem)
+    place.check(config, options.index)
+    if options.healthy:
+        why = place.unhealthy(run, options.index, config.service.hung)
+        print(why or f"stage {options.index} makes progress")
+        return 1 if why else 0
+    if not options.no_restart:
+        command = ["-m", "dnipipe", "stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
+        return supervisor.supervise(command + ["--debug"] * options.debug, options.index, config.service.restarts)
+    from dnipipe.jobs import job_of
+    from dnipipe.process import guarded
+    from dnipipe.service.session import serve
+
+    job = job_of(replace(config, output={"run": str(run)}))
+    return guarded(job, debug=options.debug, part=lambda job, _: serve(job, options.index))[0]
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -12,6 +12,8 @@
         │   ├── HandshakeError  the neighbour's Hello does not fit; says which field differs
         │   ├── PeerLost        the neighbour's process, or the link to it, went away
         │   ├── PeerStopped     the neighbour said that it ends, and why
+        │   ├── GaveUp          an independent stage: no use in starting it again by itself (exit status 3)
+        │   ├── Replaced        another process has taken this stage's place (exit status 0: it is not to come back)
         │   └── WaitTimeout     a limit struck; says who waited for whom, since when, at which batch
         ├── MessageError      bytes that are not a message, or a message that does not belong here
         └── NonFiniteLoss     the loss is NaN or infinite and the setting says to stop
@@ -70,6 +72,18 @@ class PeerLost(PeerError):
 
 class PeerStopped(PeerError):
     """The neighbour said that it ends, and why."""
+
+
+class GaveUp(PeerError):
+    """An independent stage ends, and starting it again by itself would not help."""
+
+    exit_status = 3
+
+
+class Replaced(PeerError):
+    """Another process has taken this stage's place."""
+
+    exit_status = 0
 
 
 class WaitTimeout(PeerError):

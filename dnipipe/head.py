@@ -108,7 +108,7 @@ class Head:
                     return
             epoch += 1
 
-    def _evaluate(self, batch: int) -> Iterator[Message]:
+    def _evaluate(self, batch: int) -> Iterator[Message | None]:
         """All of the validation data, to the last sample, through the same stages."""
         if self.task.validation is None:
             return
@@ -137,7 +137,10 @@ class Head:
             yield Evaluation(self._asked, text[:, -context:], None)
             while self._asked not in self._answers:
                 yield None
-            logits = self._answers.pop(self._asked)[0, -1].float().cpu()
+            answer = self._answers.pop(self._asked)
+            if not answer.numel():  # lost with the stage that had it (service/)
+                break
+            logits = answer[0, -1].float().cpu()
             drawn = torch.multinomial((logits / 0.8).softmax(0), 1, generator=generator)
             text = torch.cat([text, drawn.view(1, 1)], dim=1)
         self.sample = bytes(text[0, context:].tolist()).decode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from dnipipe.messages import Hello, Message, Received, Stop
+from dnipipe.messages import Agreed, Hello, Link, Message, Received, Stop
 from dnipipe.metrics import Clock
 from dnipipe.tracing.writer import RECEIVED, SENT, Trace
 from dnipipe.transport import AT_EASE, Side, Transport
@@ -32,7 +32,7 @@ class MeasuredTransport:
             return got
 
     def _note(self, way: str, side: Side, message: Message) -> None:
-        if self.trace and not isinstance(message, (Hello, Received, Stop)):  # no batch is theirs
+        if self.trace and not isinstance(message, (Hello, Received, Stop, Link, Agreed)):  # no batch is theirs
             peer = self.index + (1 if side is Side.NEXT else -1)
             self.trace.message(way, peer, type(message).__name__, message.batch, self.clock.now())
 

@@ -1,12 +1,13 @@
 """What stages say to one another. Frozen values; tensors never require a gradient.
 
-           Activation, Input, Labels, Evaluation, Checkpoint, Stop
+           Activation, Input, Labels, Evaluation, Checkpoint, Stop, Farewell
     stage k ────────────────────────────────────────────────► stage k+1
             ◄────────────────────────────────────────────────
            Gradient, Answer, Saved, Report, Stop
 
-Hello goes both ways, first; so does Received, of which no stage hears. Within one direction order is kept, so a marker
-(Checkpoint, Stop) stands exactly behind the batch that it follows. Shapes: B samples, D... the dimensions of one
+Hello goes both ways, first; so does Received, of which no stage hears. Between stages that come and go on their own
+(service/) Link stands in the place of Hello, and Agreed follows it downwards. Within one direction order is kept, so a
+marker (Checkpoint, Stop) stands exactly behind the batch that it follows. Shapes: B samples, D... the dimensions of one
 activation, whatever their number.
 """
 
@@ -128,6 +129,36 @@ class Received:
     seq: int  # that message's number on the edge
 
 
+@dataclass(frozen=True, eq=False)
+class Link:
+    """Independent stages: what both say first when a connection between them is made (service/links.py)."""
+
+    stage: int  # who speaks
+    stages: int  # K
+    incarnation: int  # which start of this stage; a lower one than was heard before is refused
+    run: str  # the run's id; "" as long as it does not know any
+    settings: tuple[str, ...]  # as in Hello
+    last: int  # the last batch id that it trained, in any incarnation
+    nonce: str  # of this connection, made by the speaker
+    seen: str  # the listener's nonce, if the speaker has heard it
+    refused: str = ""  # why the speaker will not have the listener
+    protocol: int = PROTOCOL
+
+
+@dataclass(frozen=True, eq=False)
+class Agreed:
+    """Independent stages: what stage 0 has decided for all, handed down."""
+
+    x: Tensor  # (n,) uint8, JSON
+
+
+@dataclass(frozen=True, eq=False)
+class Farewell:
+    """Independent stages: stage 0 has every last report, so that nobody need stay."""
+
+    batch: int  # the last one of the run
+
+
 Downward = Union[Activation, Input, Labels, Evaluation, Checkpoint]
 Upward = Union[Gradient, Answer, Saved, Report]
-Message = Union[Hello, Downward, Upward, Stop, Received]
+Message = Union[Hello, Downward, Upward, Stop, Received, Link, Agreed, Farewell]

@@ -10,7 +10,7 @@ import json
 import secrets
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,7 +137,12 @@ def build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
 
 @contextmanager
 def worker_of(
-    settings: Config, agreed: Agreement, stage: Stage, transport: Transport, head: Head | None
+    settings: Config,
+    agreed: Agreement,
+    stage: Stage,
+    transport: Transport,
+    head: Head | None,
+    kind: Callable[..., Worker] = Worker,
 ) -> Iterator[Worker]:
     """The loop of one stage, with what it writes."""
     folder, plan = Path(agreed.folder), agreed.plan
@@ -145,7 +150,7 @@ def worker_of(
     path = folder / "trace" / f"stage-{stage.index}.jsonl"
     trace = Trace(path, stage.index, stage.stages) if settings.output.trace else None
     try:
-        yield Worker(
+        yield kind(
             stage,
             wired(settings, plan, stage.index, transport),
             window_of(settings, plan, stage.index),
@@ -164,10 +169,12 @@ def worker_of(
 
 
 @contextmanager
-def head_of(settings: Config, task: Task, agreed: Agreement, measured: StageMetrics) -> Iterator[Head]:
+def head_of(
+    settings: Config, task: Task, agreed: Agreement, measured: StageMetrics, kind: Callable[..., Head] = Head
+) -> Iterator[Head]:
     """Stage 0's script and display, which begins with what will be trained."""
     display = Display(agreed.plan.stages, agreed.total, agreed.start, quiet=settings.output.quiet)
-    head = Head(settings, task, Path(agreed.folder), measured, display, agreed.start, agreed.total)
+    head = kind(settings, task, Path(agreed.folder), measured, display, agreed.start, agreed.total)
     for line in result.opening(task, agreed.plan, agreed.folder, agreed.start):
         display.note(line)
     try:

@@ -55,6 +55,8 @@ class Worker:
         report_every: seconds between two lines of metrics.
     """
 
+    limit_name = "transport.timeout"  # the setting of `timeout`
+
     def __init__(
         self,
         stage: Stage,
@@ -169,7 +171,7 @@ class Worker:
     def _next(self) -> Message | None:
         """The next message, if one comes before something else is due (a report, a limit)."""
         self._tick()
-        room = self.stage.room(self.window.size)
+        room = self._room()
         feeding = self.head is not None and room and not self.stopping
         sides, wait = self._sides(room), self.metrics.clock.span(self._awaited(room))
         waits = wait.entered
@@ -185,6 +187,10 @@ class Worker:
         waited = wait.entered > waits
         return self._received(*got, waited, room) if got else None
 
+    def _room(self) -> bool:
+        """Whether another batch may come."""
+        return self.stage.room(self.window.size)
+
     def _awaited(self, room: bool) -> str:
         """What a wait that begins now is for, as the clock calls it."""
         return "wait_end" if self.stopping else "wait_input" if room else "wait_window"
@@ -198,7 +204,7 @@ class Worker:
             due.append(self.interrupted_at + GRACE)
         return max(0.001, min(due) - time.monotonic())
 
-    def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message:
+    def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message | None:
         self._waiting_since = None
         if isinstance(message, (Activation, Input, Labels, Gradient)):
             self._heard[side] = message.batch
@@ -287,7 +293,7 @@ class Worker:
         side, whom = (Side.NEXT, self.index + 1) if behind else (Side.PREVIOUS, self.index - 1)
         what = f"an answer to batch {min(self.stage.pending, default=self.stage.last_batch)}" if behind else "a batch"
         return (
-            f"stage {self.index} waited {seconds:.0f} s for {what} from stage {whom} (transport.timeout = "
+            f"stage {self.index} waited {seconds:.0f} s for {what} from stage {whom} ({self.limit_name} = "
             f"{self.timeout:g}); last batch here {self.stage.last_batch}, last heard of from it {self._heard[side]}"
         )
 

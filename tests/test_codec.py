@@ -16,13 +16,16 @@ from dnipipe.errors import MessageError
 from dnipipe.messages import (
     PROTOCOL,
     Activation,
+    Agreed,
     Answer,
     Checkpoint,
     Evaluation,
+    Farewell,
     Gradient,
     Hello,
     Input,
     Labels,
+    Link,
     Message,
     Received,
     Report,
@@ -51,6 +54,10 @@ EXAMPLES: list[Message] = [
     Report(2, 14, {"loss": 1.25, "idle": float("inf")}, final=True),
     Report(2, 14),
     Received(15),
+    Link(1, 4, 3, "0123abcd", ("model.width=96",), 40, "a1", "b2"),
+    Link(1, 4, 3, "", (), 0, "a1", "", "incarnation 4 of stage 2 has taken its place"),
+    Agreed(torch.tensor([123, 125], dtype=torch.uint8)),
+    Farewell(40),
 ]
 
 

@@ -230,6 +230,7 @@ def test_stages_may_differ_in_paths_and_display_only() -> None:
         "data.root",
         "pipeline.device",
         "transport.address",
+        "service.restarts",
         "output.dir",
         "output.run",
         "output.quiet",

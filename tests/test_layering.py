@@ -55,6 +55,8 @@ MAY = {
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders gloo greeting head messages metrics rendezvous "
     "result split stage state sync tracing transport worker",
+    "service": "building checkpoint codec config data errors greeting head messages metrics session split stage state "
+    "transport worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",
@@ -64,18 +66,18 @@ MAY = {
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started verify",
-    "cli": "check checkpoint compare config errors folders jobs launcher process started tracing verify",
+    "cli": "check checkpoint compare config errors folders jobs launcher process service started tracing verify",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
 FOREIGN = {  # libraries that only these may import
-    "zmq": {"transport"},
+    "zmq": {"transport", "service"},
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
     "matplotlib": {"tracing"},
     "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process", "gloo", "schedules"},
-    "time": {"metrics", "transport", "worker", "split", "folders", "display"},
+    "time": {"metrics", "transport", "worker", "split", "folders", "display", "service"},
 }
 
 

@@ -204,6 +204,23 @@ class WireSettings:
 
 
 @dataclass(frozen=True)
+class Service:
+    addresses: tuple[str, ...] = setting(
+        (), "dnipipe stage: HOST:PORT where each stage but the last listens for the one behind it"
+    )
+    unguided_batches: int = setting(
+        200, "batches that a stage trains by its predictor while the next stage is away; then it waits", low=0
+    )
+    patience: float = setting(600.0, "seconds that a stage waits for an absent neighbour, then it ends", low=0.1)
+    silence: float = setting(
+        10.0, "seconds, at least, after which a connected stage that says nothing is taken for hung", low=0.5
+    )
+    hung: float = setting(60.0, "seconds without progress after which a stage's own process ends", low=0.5)
+    save_every: float = setting(30.0, "seconds between two savings of a stage's own state", low=0.1)
+    restarts: int = setting(20, "times that a stage which died is started again", low=0, local=True)
+
+
+@dataclass(frozen=True)
 class Output:
     dir: str = setting("runs", "folder of all runs", local=True)
     run: str = setting("", "folder of this run (empty: a new one under output.dir)", local=True)

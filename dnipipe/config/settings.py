@@ -18,6 +18,7 @@ from dnipipe.config.sections import (
     Pipeline,
     Predictor,
     Rule,
+    Service,
     Sync,
     Train,
     TransportSettings,
@@ -43,6 +44,7 @@ class Config:
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     transport: TransportSettings = field(default_factory=TransportSettings)
     wire: WireSettings = field(default_factory=WireSettings)
+    service: Service = field(default_factory=Service)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:

@@ -101,6 +101,8 @@ class Edge:
         self.torn = False  # messages are missing: what comes behind the gap is not handed out
         self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
+        self.token = ""  # which messages from the neighbour are meant: of this run, or of this connection (service/)
+        self.handshakes = 0  # connections there have been
         self.sent = self.received = 0  # messages, which is also the number of the next one
         self.last_sent: int | None = None  # batch ids
         self.last_received: int | None = None
@@ -182,10 +184,15 @@ class Edge:
                 self._connections.add(descriptor)
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._greeted, self.deadline = True, None
+                self.handshakes += 1
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._connections.discard(descriptor)
                 if self._greeted and not self._connections and self.deadline is None:
                     self.deadline = time.monotonic() + self._grace
+
+    @property
+    def connected(self) -> bool:
+        return self._greeted and bool(self._connections)
 
     def check(self) -> None:
         """Raises PeerLost if the neighbour is gone. For `receive`: after nothing more was there to get."""

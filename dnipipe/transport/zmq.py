@@ -104,6 +104,7 @@ class ZmqTransport:
         if side in self._edges:
             raise ValueError(f"the edge to {self.names[side]} is open already")
         edge = Edge(self._context, self.names[side], address, self.queue, self.max_message, LINGER)
+        edge.token = self.run
         self._edges[side] = edge
         self._pollers.clear()  # they knew one monitor less
         return edge
@@ -119,7 +120,7 @@ class ZmqTransport:
 
     def _put(self, edge: Edge, message: Message) -> None:
         with self.packing:
-            frames = codec.encode(message, self.run, edge.sent)
+            frames = codec.encode(message, edge.token, edge.sent)
         largest = max(map(len, frames[1:]), default=0)
         if largest > self.max_message:
             raise MessageError(
@@ -180,14 +181,20 @@ class ZmqTransport:
             for edge in self._edges.values():
                 if edge.monitor in ready:
                     edge.watch()
-            for edge in edges:  # after _take: what came before the end has been handed out
-                edge.check()
+            if not self._sound(edges):  # after _take: what came before the end has been handed out
+                break
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             with waiting:
                 ready = self._poll(poller, edges, left)
         return None
+
+    def _sound(self, edges: Sequence[Edge]) -> bool:
+        """Whether there is anything to wait for. Raises PeerLost."""
+        for edge in edges:
+            edge.check()
+        return True
 
     def _take(self, edge: Edge) -> Message | None:
         """A message that is there already."""
@@ -202,7 +209,7 @@ class ZmqTransport:
         while not edge.torn and (frames := edge.get()):
             with self.packing:
                 header = codec.read_header(frames[0].buffer)
-            if header.run != self.run:
+            if header.run != edge.token:
                 self.dropped["another run"] += 1
                 continue
             edge.check_order(header.seq)

@@ -1,0 +1,6 @@
+"""Stages as services: each on its own, with its own supervisor; one that dies comes back, the others go on meanwhile.
+
+supervisor ─► session ─► keeper (a Worker) ─► links (edges that outlast a neighbour)
+                 │          ├─► ledger      what it did with each batch
+                 └─► place  └─► script      stage 0's
+"""

@@ -1,0 +1,243 @@
+"""The loop of an independent stage: a Worker whose neighbours may go away and come back.
+
+next stage away     each batch under way, and each new one, is answered here: no gradient came. So the stage goes on
+                    learning from its predictor, for at most `unguided` batches; then it takes no more until the
+                    neighbour is back. Evaluations are answered as lost.
+stage before away   nothing comes: it waits. What it would send up is dropped; none of it is needed for ever.
+back                stage k tells k+1 the agreement again, and that the run has ended, if it has.
+at the end          a stage stays until stage 0 says farewell: who returns late must find what was already said.
+
+A neighbour that is connected but says nothing, not even the line a second that every loop sends, is taken for hung.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dnipipe.errors import HandshakeError, PeerStopped, WaitTimeout
+from dnipipe.messages import (
+    Activation,
+    Agreed,
+    Answer,
+    Checkpoint,
+    Evaluation,
+    Farewell,
+    Gradient,
+    Message,
+    Report,
+    Stop,
+)
+from dnipipe.service.ledger import Ledger
+from dnipipe.service.links import Gone, Links
+from dnipipe.transport import Side
+from dnipipe.worker import Worker
+
+LOST = torch.empty(0, dtype=torch.float64)  # in the place of an answer that will never come
+HUNG = 4.0  # times the longest silence so far of a neighbour that went on, after which it is taken for hung
+NEWS = 5.0  # seconds between two lines about a neighbour that stays away
+
+
+class AskedToEnd(Exception):
+    """SIGTERM or Ctrl-C: this stage ends, the others do not."""
+
+
+class Keeper(Worker):
+    """A Worker (see there) at edges that come and go.
+
+    Args:
+        links: its edges; what `transport` is made of. agreement: for the next stage, whenever it comes.
+        unguided: batches that it trains while the next stage is away. patience: seconds that it waits for a neighbour.
+        silence: seconds, at least, after which a connected neighbour that says nothing is taken for hung.
+        save_own: writes the stage's own state. save_every: seconds between two.
+        alive: told that the loop goes round. say: takes a line for a person.
+    """
+
+    limit_name = "service.patience"
+
+    def __init__(
+        self,
+        *arguments: Any,
+        links: Links,
+        ledger: Ledger,
+        agreement: Agreed,
+        unguided: int,
+        patience: float,
+        silence: float,
+        save_own: Callable[[], None],
+        save_every: float,
+        alive: Callable[[], None],
+        say: Callable[[str], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **{**options, "timeout": patience})
+        self.links, self.ledger, self.agreement = links, ledger, agreement
+        self.unguided, self.patience, self.silence = unguided, patience, silence
+        self.save_own, self.save_every, self.alive, self.say = save_own, save_every, alive, say
+        self.alone = 0  # batches trained since the next stage went away
+        self.answers: deque[Message] = deque()  # what the next stage would have said, made here
+        self.final_reports: dict[int, Report] = {}
+        self.finished = self.farewell = False
+        self._next_save = time.monotonic() + save_every
+        self._next_news = 0.0
+        links.events.clear()  # what they told is known here
+        for side in self._neighbours:
+            if links.up(side):
+                self._back(side)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def _next(self) -> Message | None:
+        self._attend()
+        if self.answers:
+            self._tick()
+            return self.answers.popleft()
+        return super()._next()
+
+    def _handle(self, message: Message) -> None:
+        trains = isinstance(message, Activation)
+        if isinstance(message, Activation):
+            self.ledger.begun(message.batch)
+            self.links.last = message.batch
+        skipped = dict(self.metrics.skipped)
+        super()._handle(message)
+        if trains or isinstance(message, Gradient):
+            for why, count in self.metrics.skipped.items():
+                if count > skipped.get(why, 0):
+                    self.ledger.skipped(getattr(message, "batch", 0), why)
+
+    def _room(self) -> bool:
+        return super()._room() and (self.stage.last or self.links.up(Side.NEXT) or self.alone < self.unguided)
+
+    def _sides(self, room: bool) -> list[Side]:
+        """Also the stage before, where it has to be greeted, or its farewell is all that is to come."""
+        sides = super()._sides(room)
+        listens = self.index > 0 and (self.finished or not self.links.up(Side.PREVIOUS))
+        return [*sides, Side.PREVIOUS] if listens and Side.PREVIOUS not in sides else sides
+
+    def _received(self, side: Side, message: Message, waited: bool, room: bool) -> Message | None:
+        got = super()._received(side, message, waited, room)
+        if isinstance(got, Agreed):
+            self._check_agreement(got)
+            return None
+        if isinstance(got, Farewell):
+            self.farewell = True
+            return None
+        return got
+
+    def _check_agreement(self, theirs: Agreed) -> None:
+        if not torch.equal(theirs.x, self.agreement.x):
+            raise HandshakeError(
+                f"stage {self.index} belongs to another run than stage {self.index - 1}: the stages' folders are of "
+                "different runs; give this one the folder of that run, or an empty one (output.run)"
+            )
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        self._attend()  # what was under way is answered before something new is
+        downwards = isinstance(message, (Activation, Evaluation, Checkpoint))
+        if isinstance(message, Report) and message.final:
+            self.final_reports[message.stage] = message
+        if not downwards or self.links.up(Side.NEXT):
+            super().send(message)
+        elif isinstance(message, Activation):
+            self.alone += 1
+            self.ledger.alone(message.batch)
+            self.answers.append(Gradient(message.batch, None))
+        elif isinstance(message, Evaluation):
+            self.answers.append(Answer(message.batch, LOST))
+
+    def _tell(self, error: BaseException) -> None:
+        """A stage that fails is missed, and comes back: only one that gave up, or heard of it, ends the others."""
+        if isinstance(error, (WaitTimeout, PeerStopped)):
+            super()._tell(error)
+
+    # -- neighbours --------------------------------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        while self.links.events:
+            side, event = self.links.events.popleft()
+            if isinstance(event, Gone):
+                self._gone(side, event.why)
+            elif self.links.up(side):
+                self._back(side)
+
+    def _gone(self, side: Side, why: str) -> None:
+        stage = self.index + (1 if side is Side.NEXT else -1)
+        waiting = sorted(self.stage.pending) if side is Side.NEXT else []
+        self.ledger.gone(stage, why, waiting)
+        if side is Side.PREVIOUS:
+            self.say(f"{why}; waiting for it, for at most {self.patience:g} s (service.patience)")
+            return
+        self.alone = 0
+        made = {answer.batch for answer in self.answers if isinstance(answer, (Gradient, Answer))}
+        self.answers.extend(Gradient(batch, None) for batch in waiting if batch not in made)
+        self.answers.extend(Answer(number, LOST) for number in sorted(self.stage.evaluating) if number not in made)
+        self.say(f"{why}; going on alone for {self.unguided} batches (service.unguided_batches), then waiting for it")
+
+    def _back(self, side: Side) -> None:
+        stage = self.index + (1 if side is Side.NEXT else -1)
+        self.ledger.back(stage, self.links.last_of(side) if side is Side.NEXT else None)
+        if side is Side.NEXT:
+            self.say(f"stage {stage} is there" + (f", after {self.alone} batches without it" if self.alone else ""))
+            self.alone = 0
+            self.links.send(side, self.agreement)
+            if self.stopping:
+                self.links.send(side, Stop(self.stage.last_batch))
+        else:
+            self.say(f"stage {stage} is there")
+            for report in self.final_reports.values():
+                self.links.send(side, report)
+
+    # -- limits ------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        super()._tick()
+        self.alive()
+        now = time.monotonic()
+        if now >= self._next_save:
+            self._next_save = now + self.save_every
+            self.save_own()
+        if self.stage.last:
+            return
+        limit = max(self.silence, HUNG * self.links.longest(Side.NEXT))
+        if self.links.up(Side.NEXT) and self.links.quiet(Side.NEXT) > limit:
+            self.links.give_up(Side.NEXT, f"stage {self.index + 1} has said nothing for {limit:.0f} s: it hangs")
+        if not self.links.up(Side.NEXT) and self.alone and now >= self._next_news:
+            self._next_news = now + NEWS
+            left = self.unguided - self.alone
+            self.say(f"stage {self.index + 1} is away: {max(0, left)} batches left to train without it")
+
+    def _hurry(self, now: float) -> None:
+        raise AskedToEnd
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def _is_final(self, message: Message) -> bool:
+        if isinstance(message, Report) and message.stage in self.final_reports:
+            self.send(message)  # said again, for whoever came back
+            return True
+        return super()._is_final(message)
+
+    def _finish(self) -> None:
+        super()._finish()
+        self.finished = True
+        self.ledger.ended()
+        self.save_own()
+        deadline = time.monotonic() + self.patience
+        while self.index > 0 and not self.farewell and time.monotonic() < deadline:
+            message = self._next()
+            if isinstance(message, Stop):
+                self._stop(message)
+            elif message is not None and not self._is_final(message):
+                self._handle(message)
+        if not self.stage.last:
+            self.links.send(Side.NEXT, Farewell(self.stage.last_batch))
+
+
+__all__ = ["LOST", "AskedToEnd", "Keeper"]

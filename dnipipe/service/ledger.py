@@ -1,0 +1,145 @@
+"""What a stage did with each batch, so that it can be shown afterwards: each id at most once, every gap explained.
+
+    {"start": 2, "from": 80, "before": 97}     the stage's second start goes on from its state behind batch 80; it had
+                                               begun 97 before, so what 81 to 97 taught it is undone
+    {"begun": 98}                              written before the batch is trained: a kill loses no line
+    {"skipped": 98, "why": "loss not finite"}  nothing was learnt from it
+    {"alone": 99}                              trained, but its activation went nowhere: the next stage was away
+    {"gone": 2, "why": "…", "unanswered": [97, 98], "time": 1764…}      the neighbour went away, owing these an answer
+    {"back": 2, "last": 90, "time": 1764…}     it is there (again), and 90 is the last that it trained: what was sent
+                                               to it behind 90 is lost; null where the stage before is meant
+    {"end": 600}                               the run's last batch has passed
+
+One line a batch, handed to the kernel before the batch is begun: what the process did is known however it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dnipipe.errors import TraceError
+
+NAME = "ledger.jsonl"
+
+
+class Ledger:
+    """Where one stage writes. `last` is the highest id that it ever began, in any start."""
+
+    def __init__(self, path: Path) -> None:
+        self.last = read(path).last if path.exists() else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def started(self, incarnation: int, begin: int) -> None:
+        """The stage goes on from its state behind batch `begin`."""
+        self._write({"start": incarnation, "from": begin, "before": self.last})
+
+    def begun(self, batch: int) -> None:
+        self.last = batch
+        self._write({"begun": batch})
+
+    def alone(self, batch: int) -> None:
+        self._write({"alone": batch})
+
+    def skipped(self, batch: int, why: str) -> None:
+        self._write({"skipped": batch, "why": why})
+
+    def gone(self, stage: int, why: str, unanswered: list[int]) -> None:
+        self._write({"gone": stage, "why": why, "unanswered": unanswered, "time": time.time()})
+
+    def back(self, stage: int, last: int | None) -> None:
+        self._write({"back": stage, "last": last, "time": time.time()})
+
+    def ended(self) -> None:
+        self._write({"end": self.last})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        os.write(self._file, json.dumps(line).encode() + b"\n")  # one call a line, unbuffered
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+@dataclass
+class Account:
+    """What a ledger says of one stage."""
+
+    begun: list[int] = field(default_factory=list)  # ids, in order
+    alone: set[int] = field(default_factory=set)
+    skipped: dict[int, str] = field(default_factory=dict)
+    starts: list[dict[str, int]] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)  # sent, or about to be, when a connection to the next stage ended
+    away: list[dict[str, Any]] = field(default_factory=list)  # gone and back, in order
+    ended: bool = False
+
+    @property
+    def last(self) -> int:
+        return max(self.begun, default=0)
+
+    @property
+    def undone(self) -> int:
+        """Batches whose lessons a restart lost."""
+        return sum(len([b for b in self.begun if s["from"] < b <= s["before"]]) for s in self.starts)
+
+    def violations(self) -> Iterator[str]:
+        """What must not be."""
+        seen: set[int] = set()
+        highest = 0
+        for batch in self.begun:
+            if batch in seen:
+                yield f"batch {batch} was trained twice"
+            elif batch < highest:
+                yield f"batch {batch} was trained after batch {highest}"
+            seen.add(batch)
+            highest = max(highest, batch)
+
+
+def read(path: Path) -> Account:
+    """The ledger of one stage. Raises TraceError for a line that is none; the last one may be cut short by a kill."""
+    found = Account()
+    lines = path.read_bytes().split(b"\n")
+    for number, text in enumerate(lines[:-1], start=1):
+        try:
+            _take(found, json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TraceError(f"{path}, line {number}: not a line of a ledger ({error!r})") from None
+    return found
+
+
+def _take(found: Account, line: dict[str, Any]) -> None:
+    if "begun" in line:
+        found.begun.append(int(line["begun"]))
+    elif "alone" in line:
+        found.alone.add(int(line["alone"]))
+    elif "skipped" in line:
+        found.skipped[int(line["skipped"])] = str(line["why"])
+    elif "start" in line:
+        found.starts.append({key: int(line[key]) for key in ("start", "from", "before")})
+    elif "gone" in line or "back" in line:
+        found.away.append(line)
+        found.lost.update(line.get("unanswered", ()))
+        if line.get("last") is not None:
+            found.lost.update(batch for batch in found.begun if batch > line["last"])
+    elif "end" in line:
+        found.ended = True
+    else:
+        raise KeyError("none of the known keys")
+
+
+def unexplained(before: Account, after: Account) -> list[int]:
+    """Ids that a stage trained and the one behind it did not, without a reason in the first one's ledger.
+
+    A reason: the next stage was away when the batch was sent; or a connection ended, and then it owed an answer to the
+    batch, or had not begun it when the next connection was made. Also ids that only the second one has.
+    """
+    missing = set(before.begun) - set(after.begun) - before.alone - before.lost
+    return sorted(missing | set(after.begun) - set(before.begun))
+
+
+__all__ = ["NAME", "Account", "Ledger", "read", "unexplained"]

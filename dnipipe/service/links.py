@@ -1,0 +1,265 @@
+"""Edges that outlast a neighbour: it may die, be cut off, come back, or be another process than before.
+
+    connected ──► Link(nonce a, seen "") ─►       each side makes a nonce for the connection and says it; it
+              ◄── Link(nonce b, seen a)  ──       answers the other's, and is up once the other has heard of its own
+              ──► Link(nonce a, seen b)  ─►
+    up            every message carries both nonces, in the place of a run's token, and is numbered from 0
+    gone          the connection ended, a message is missing, bytes are none, or the owner says that nothing moves
+
+So a message of an older connection, or of a process that was replaced, is never taken for a new one's: it is dropped
+and counted. libzmq connects again by itself, and asks for the name's address each time. What is sent to a neighbour
+that is gone is dropped and counted too: what that means for a batch is the owner's business (keeper.py).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import zmq
+
+from dnipipe import codec
+from dnipipe.codec import Frame, Header
+from dnipipe.errors import HandshakeError, MessageError, PeerLost, Replaced, WaitTimeout
+from dnipipe.greeting import check_settings
+from dnipipe.messages import PROTOCOL, Link, Message
+from dnipipe.transport import Side
+from dnipipe.transport.edge import Edge
+from dnipipe.transport.zmq import ZmqTransport
+
+AGAIN = 1.0  # seconds between two Links to a neighbour that is connected and has not answered
+GREETING = "link"  # the token of a Link; every other message carries its connection's
+
+
+@dataclass(frozen=True)
+class Up:
+    """The neighbour is there; what it said."""
+
+    link: Link
+
+
+@dataclass(frozen=True)
+class Gone:
+    """The neighbour is away; why."""
+
+    why: str
+
+
+Event = Union[Up, Gone]
+
+
+@dataclass
+class _Bond:
+    """What is known of one neighbour."""
+
+    stage: int  # who it must be
+    nonce: str = ""  # ours, of the connection
+    theirs: Link | None = None  # what it said on this connection
+    up: bool = False
+    handshakes: int = 0  # of the edge, that were answered with a Link
+    introduced: float = 0.0  # when the last Link was sent
+    incarnation: int = 0  # the highest that was heard
+    heard: float = 0.0  # when it last said anything but a Link; 0: not yet, on this connection
+    longest: float = 0.0  # seconds between two things that it said, on a connection
+
+
+class Links(ZmqTransport):
+    """One independent stage's end of its edges: a Transport whose neighbours come and go.
+
+    Args:
+        stage, stages: k and K. incarnation: which start of this stage it is.
+        settings: that all stages must have in common.
+        others: of ZmqTransport.
+
+    What happens to a neighbour is put into `events`; `receive` returns None when something is there.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        stages: int,
+        incarnation: int,
+        settings: tuple[str, ...],
+        *,
+        queue: int,
+        timeout: float,
+        max_message: int,
+    ) -> None:
+        neighbours = {Side.PREVIOUS: stage - 1, Side.NEXT: stage + 1}
+        names = {side: f"stage {k}" for side, k in neighbours.items()}
+        super().__init__("", queue=queue, timeout=timeout, max_message=max_message, names=names)
+        self.stage, self.stages, self.incarnation, self.settings = stage, stages, incarnation, settings
+        self.run_id = ""  # once the agreement is known
+        self.last = 0  # the last batch id that this stage trained, kept by its owner
+        self.events: deque[tuple[Side, Event]] = deque()
+        self._bonds = {side: _Bond(k) for side, k in neighbours.items() if 0 <= k < stages}
+
+    # -- neighbours --------------------------------------------------------------------------------------------
+
+    def up(self, side: Side) -> bool:
+        return side in self._bonds and self._bonds[side].up
+
+    def last_of(self, side: Side) -> int:
+        """The last batch id that the neighbour, which is up, had trained when the connection was made."""
+        link = self._bonds[side].theirs
+        return link.last if link else 0
+
+    def quiet(self, side: Side) -> float:
+        """Seconds since the neighbour last said anything; 0 while it has only greeted: it may still be building."""
+        heard = self._bonds[side].heard
+        return time.monotonic() - heard if heard else 0.0
+
+    def longest(self, side: Side) -> float:
+        """The longest silence so far, seconds, that was followed by a word."""
+        return self._bonds[side].longest
+
+    def give_up(self, side: Side, why: str) -> None:
+        """The owner's verdict on a neighbour that is connected: away, until it answers a new Link."""
+        self._lose(side, why)
+        self._introduce(side, anew=True)
+
+    def _lose(self, side: Side, why: str) -> None:
+        bond, edge = self._bonds[side], self._edges[side]
+        if bond.up:
+            self.events.append((side, Gone(why)))
+        bond.up, bond.theirs, edge.token = False, None, ""
+
+    def _introduce(self, side: Side, anew: bool) -> None:
+        bond = self._bonds[side]
+        if anew:
+            bond.nonce = secrets.token_hex(8)
+        self._say(side, bond.theirs.nonce if bond.theirs else "")
+
+    def _say(self, side: Side, seen: str, refused: str = "") -> None:
+        bond = self._bonds[side]
+        bond.introduced = time.monotonic()
+        me = self.stage, self.stages, self.incarnation, self.run_id, self.settings, self.last
+        self._edges[side].put(codec.encode(Link(*me, bond.nonce, seen, refused), GREETING, 0))  # no room: again later
+
+    def _heard_link(self, side: Side, link: Link) -> None:
+        """Raises HandshakeError for a stranger, Replaced if the neighbour knows a newer process of this stage."""
+        bond, edge = self._bonds[side], self._edges[side]
+        self._check(bond.stage, link)
+        if link.refused and link.seen == bond.nonce:
+            raise Replaced(f"stage {self.stage}, incarnation {self.incarnation}, ends: {link.refused}")
+        if link.incarnation < bond.incarnation:
+            self.dropped["a stage that was replaced"] += 1
+            self._say(side, link.nonce, f"incarnation {bond.incarnation} of stage {link.stage} has taken its place")
+            return
+        bond.incarnation = link.incarnation
+        new = bond.theirs is None or bond.theirs.nonce != link.nonce
+        if new and bond.up:
+            self._lose(side, f"stage {bond.stage} connected anew")
+            bond.nonce = secrets.token_hex(8)
+        bond.theirs = link
+        if new:
+            self._introduce(side, anew=not bond.nonce)
+        if link.seen == bond.nonce and not bond.up:
+            both = (link.nonce, bond.nonce) if side is Side.PREVIOUS else (bond.nonce, link.nonce)
+            edge.token, edge.sent, edge.received, edge.torn = "".join(both), 0, 0, False
+            bond.up, bond.heard = True, 0.0
+            self.events.append((side, Up(link)))
+
+    def _check(self, expected: int, link: Link) -> None:
+        mine = {"protocol": PROTOCOL, "stages": self.stages, "stage": expected, "run": self.run_id or link.run}
+        for name, here in mine.items():
+            there = getattr(link, name)
+            if here != there and not (name == "run" and not there):
+                raise HandshakeError(
+                    f"stage {self.stage} refuses who connects as stage {expected}: {name} is {there!r} there, {here!r} "
+                    "expected here; service.addresses leads to another run, or output.run holds an older one"
+                )
+        check_settings(self.settings, link.settings, f"stage {self.stage}", f"stage {expected}")
+
+    # -- Transport ---------------------------------------------------------------------------------------------
+
+    def send(self, side: Side, message: Message) -> None:
+        """To a neighbour that is away nothing is sent: it is dropped and counted. Raises MessageError if too large."""
+        edge = self._edges[side]
+        edge.watch_now_and_then()
+        self._look(side)
+        if not self.up(side):
+            self.dropped[f"{type(message).__name__} to {edge.name}, which is away"] += 1
+            return
+        try:
+            self._put(edge, message)
+        except (PeerLost, WaitTimeout) as error:
+            self.dropped[f"{type(message).__name__} to {edge.name}, which is away"] += 1
+            edge.lost, edge.deadline = "", None
+            self.give_up(side, str(error))
+
+    def _sound(self, edges: Sequence[Edge]) -> bool:
+        for side in self._bonds:
+            self._look(side)
+        return not self.events
+
+    def _look(self, side: Side) -> None:
+        """What the monitor has told: a connection's end, or a new one, which is greeted."""
+        bond, edge = self._bonds[side], self._edges[side]
+        if edge.handshakes > bond.handshakes:
+            bond.handshakes = edge.handshakes
+            self._lose(side, f"the connection to {edge.name} was made anew")
+            self._introduce(side, anew=True)
+        elif edge.deadline is not None and time.monotonic() >= edge.deadline:
+            edge.deadline = None
+            self._lose(side, f"{edge.name} is gone: its process ended, or the connection broke")
+        elif edge.connected and not bond.up and time.monotonic() > bond.introduced + AGAIN:
+            self._introduce(side, anew=False)
+
+    def _fetch(self, edge: Edge) -> tuple[Header, list[Frame]] | None:
+        """Header and frames of the next message of this connection; what else comes is answered, or dropped."""
+        side = next(side for side, each in self._edges.items() if each is edge)
+        while frames := self._frames(side, edge):
+            try:
+                header = codec.read_header(frames[0].buffer)
+                if header.run == GREETING and header.type == Link.__name__:
+                    edge.watch()  # the connection that it came by must be known first
+                    self._look(side)
+                    self._heard_link(side, self._link(header))
+                    continue
+            except MessageError as error:
+                self._bad(side, error)
+                continue
+            if not edge.token or header.run != edge.token:
+                self.dropped["an older connection's message"] += 1
+                continue
+            if header.seq != edge.received + len(edge.kept):
+                self.dropped["behind a gap"] += 1
+                self.give_up(side, f"messages of {edge.name} were lost on the way")
+                continue
+            bond, now = self._bonds[side], time.monotonic()
+            bond.longest, bond.heard = max(bond.longest, now - (bond.heard or now)), now
+            return header, [frame.buffer for frame in frames[1:]]
+        return None
+
+    def _frames(self, side: Side, edge: Edge) -> list[zmq.Frame] | None:
+        while True:
+            try:
+                return edge.get()
+            except MessageError as error:
+                self._bad(side, error)
+
+    def _link(self, header: Header) -> Link:
+        link = codec.read_body(header, [], 0)
+        assert isinstance(link, Link)
+        return link
+
+    def _read(self, edge: Edge, header: Header, frames: Sequence[Frame]) -> Message | None:
+        try:
+            return super()._read(edge, header, frames)
+        except MessageError as error:
+            self._bad(next(side for side, each in self._edges.items() if each is edge), error)
+            return None
+
+    def _bad(self, side: Side, error: MessageError) -> None:
+        """Bytes that are no message: what follows them on this connection would be behind a gap."""
+        self.dropped["not a message"] += 1
+        if self.up(side):
+            self.give_up(side, f"{self._edges[side].name} sent what is not a message: {error}")
+
+
+__all__ = ["Event", "Gone", "Links", "Up"]

@@ -1,0 +1,116 @@
+"""Where an independent stage lives: its folder, its neighbours' addresses.
+
+RUN/stage-K/start.json      how often it was started, and what it is part of (the agreement)
+            checkpoints/    its own state, in the form of a run of one stage
+            ledger.jsonl    ledger.py
+            alive           touched while its loop goes round
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dnipipe.config import Config
+from dnipipe.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """One stage's folder.
+
+    Args:
+        folder: RUN/stage-K. incarnation: which start of the stage this is. agreement: JSON, once it is known.
+    """
+
+    folder: Path
+    incarnation: int
+    agreement: str
+
+    @classmethod
+    def taken(cls, run: Path, stage: int) -> Place:
+        """The folder, and one more start noted in it. Raises CheckpointError if the note is damaged."""
+        folder = run / f"stage-{stage}"
+        folder.mkdir(parents=True, exist_ok=True)
+        before: dict[str, Any] = {"incarnation": 0, "agreement": ""}
+        if (folder / "start.json").exists():
+            try:
+                before |= json.loads((folder / "start.json").read_text())
+            except ValueError as error:
+                raise CheckpointError(f"{folder / 'start.json'} is damaged ({error}): remove {folder}") from None
+        place = cls(folder, int(before["incarnation"]) + 1, str(before["agreement"]))
+        place._write()
+        return place
+
+    def joined(self, agreement: str) -> Place:
+        """The same, with what the stage is part of."""
+        place = Place(self.folder, self.incarnation, agreement)
+        place._write()
+        return place
+
+    def _write(self) -> None:
+        path = self.folder / "start.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"incarnation": self.incarnation, "agreement": self.agreement}))
+        os.replace(temporary, path)
+
+    def touch(self) -> None:
+        (self.folder / "alive").touch()
+
+
+def unhealthy(run: Path, stage: int, limit: float) -> str:
+    """Why the stage does not count as alive; "" if it does: its loop has gone round within `limit` seconds."""
+    path = run / f"stage-{stage}" / "alive"
+    try:
+        silent = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return f"stage {stage} has not begun: {path} is not there"
+    return "" if silent < limit else f"stage {stage} has not moved for {silent:.0f} s (service.hung = {limit:g})"
+
+
+def check(config: Config, index: int) -> None:
+    """Raises ConfigError for a configuration that independent stages cannot run."""
+    stages, addresses = config.pipeline.stages, config.service.addresses
+    if not 0 <= index < stages:
+        raise ConfigError(f"--index {index} with pipeline.stages = {stages}: give one of 0 to {stages - 1}")
+    if len(addresses) != stages - 1 or len(set(addresses)) != len(addresses):
+        raise ConfigError(
+            f"service.addresses = {list(addresses)} with pipeline.stages = {stages}: give {stages - 1} different "
+            "HOST:PORT, one for each stage but the last, where it listens for the stage behind it"
+        )
+    if config.transport.kind != "zmq":
+        raise ConfigError(f"transport.kind = {config.transport.kind}: independent stages need transport.kind = zmq")
+    if config.rule.name == "sync" or config.rule.forward_unlock:
+        what = "rule.name = sync" if config.rule.name == "sync" else "rule.forward_unlock = true"
+        raise ConfigError(f"{what}: it needs every stage at every batch; start the run with dnipipe train")
+
+
+def endpoint(address: str) -> str:
+    """HOST:PORT, or the path of a socket file, as zmq connects to it."""
+    return f"ipc://{address}" if address.startswith("/") else f"tcp://{address}"
+
+
+def own_endpoint(address: str, chosen: str) -> str:
+    """The same, to listen on: the one address that this machine has under that name, or the chosen one."""
+    if address.startswith("/"):
+        Path(address).unlink(missing_ok=True)  # what a killed process has left
+        return f"ipc://{address}"
+    host, _, port = address.rpartition(":")
+    if chosen:
+        return f"tcp://{chosen}:{port}"
+    try:
+        found = socket.getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)[0][4][0]
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"service.addresses: {host} has no address here ({error.strerror}): set transport.address to the one to "
+            "listen on"
+        ) from None
+    return f"tcp://{found}:{port}"
+
+
+__all__ = ["Place", "check", "endpoint", "own_endpoint", "unhealthy"]

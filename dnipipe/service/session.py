@@ -1,0 +1,232 @@
+"""An independent stage from its start to its end.
+
+serve(job, k):  its folder ─► listen, connect ─► the agreement: its own, or from stage k-1 (stage 0 makes it)
+                ─► its newest own state ─► (stage 0: what stage 1 has trained) ─► Keeper.run ─► stage 0: the summary
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnipipe import checkpoint
+from dnipipe.building import Job, build_stage, check_model
+from dnipipe.config import Config, shared_settings
+from dnipipe.data import Task
+from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerStopped, WaitTimeout
+from dnipipe.greeting import check_settings
+from dnipipe.messages import Agreed
+from dnipipe.metrics import StageMetrics
+from dnipipe.service.keeper import AskedToEnd, Keeper
+from dnipipe.service.ledger import NAME, Ledger
+from dnipipe.service.links import Links, Up
+from dnipipe.service.place import Place, check, endpoint, own_endpoint
+from dnipipe.service.script import PatientHead
+from dnipipe.session import Agreement, agree, conclude, head_of, interruptible, worker_of
+from dnipipe.stage import Stage
+from dnipipe.state import boundary_of, first_of, load_state, state_of
+from dnipipe.transport import Side
+
+GUIDES = ("synthetic", "blend", "local")  # rules with which a stage learns without the next one
+KEEP = 2  # of its own states
+
+
+def serve(job: Job, index: int) -> Path:
+    """Stage `index`, until the run ends or it is asked to end. Returns the run's folder.
+
+    Raises DnipipeError when it cannot go on: GaveUp if starting it again would not help, Replaced if another process
+    has taken its place.
+    """
+    try:
+        return _serve(job, index)
+    except (WaitTimeout, PeerStopped, HandshakeError) as error:
+        raise GaveUp(str(error)) from error
+
+
+def _serve(job: Job, index: int) -> Path:
+    settings, run = job.config, Path(job.config.output.run)
+    check(settings, index)
+    place = Place.taken(run, index)
+    torch.manual_seed(settings.train.seed)
+    model = job.model()
+    tasks: list[Task] = []  # stage 0 keeps its own
+    with ExitStack() as stack:
+        links = stack.enter_context(_opened(settings, index, place.incarnation))
+        agreed = _agreement(job, model, tasks, place, links)
+        check_settings(shared_settings(settings), agreed.settings, f"stage {index}", "the run that it belongs to")
+        links.run_id = agreed.run_id
+        check_model(model, agreed.plan, index)
+        ledger = Ledger(place.folder / NAME)
+        stack.callback(ledger.close)
+        stage = build_stage(job, model, agreed.plan, index, agreed.total, StageMetrics(index, agreed.plan.stages))
+        begun = _restore(stage, agreed, place)
+        ledger.started(place.incarnation, begun)
+        links.last = stage.last_batch = ledger.last
+        if not stage.last and (index == 0 or place.incarnation == 1):
+            known = _wait(links, Side.NEXT, settings.service.patience)
+            stage.last_batch = max(ledger.last, known if index == 0 else 0)  # no id is trained twice, by no stage
+        agreed = replace(agreed, start=stage.last_batch, folder=str(run))
+        heads = head_of(settings, tasks[0], agreed, stage.metrics, PatientHead) if tasks else None
+        head = stack.enter_context(heads) if heads else None
+        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger))
+        worker = stack.enter_context(worker_of(settings, agreed, stage, links, head, kind))
+        try:
+            with interruptible(worker):
+                worker.run()
+        except AskedToEnd:
+            _save(stage, agreed, place)
+            _say(index, f"asked to end: saved at batch {stage.last_batch}, ends; the others go on without it")
+            return run
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        if head:
+            conclude(job, tasks[0], agreed, head)
+    return run
+
+
+def _keeping(
+    settings: Config, agreed: Agreement, stage: Stage, place: Place, links: Links, ledger: Ledger
+) -> dict[str, Any]:
+    service = settings.service
+    text = replace(agreed, start=0, folder="").to_json().encode()
+    return {
+        "links": links,
+        "ledger": ledger,
+        "agreement": Agreed(torch.frombuffer(bytearray(text), dtype=torch.uint8)),
+        "unguided": service.unguided_batches if settings.rule.name in GUIDES else 0,
+        "patience": service.patience,
+        "silence": service.silence,
+        "save_own": partial(_save, stage, agreed, place),
+        "save_every": service.save_every,
+        "alive": _Watch(place, service.hung).alive,
+        "say": partial(_say, stage.index),
+    }
+
+
+class _Watch:
+    """Tells that the loop goes round. When it has not for `hung` seconds, stacks are printed and the process ends: in
+    a thread of C's own, so also while the interpreter is held."""
+
+    def __init__(self, place: Place, hung: float) -> None:
+        self.place, self.hung, self._next = place, hung, 0.0
+
+    def alive(self) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + min(1.0, self.hung / 4)
+            self.place.touch()
+            faulthandler.dump_traceback_later(self.hung, exit=True)
+
+
+def _say(stage: int, line: str) -> None:
+    print(f"stage {stage}: {line}", file=sys.stderr, flush=True)
+
+
+# -- its state ---------------------------------------------------------------------------------------------------
+
+
+def _save(stage: Stage, agreed: Agreement, place: Place) -> None:
+    """The stage as it is now: a run of one stage, in its own folder."""
+    batch = stage.last_batch
+    if batch and not (place.folder / "checkpoints" / f"{batch:08d}").exists():
+        checkpoint.save_part(place.folder, batch, 0, state_of(stage, agreed.plan))
+        checkpoint.complete(place.folder, batch, 1, {}, KEEP)
+
+
+def _restore(stage: Stage, agreed: Agreement, place: Place) -> int:
+    """Make the stage what it last saved whole; returns that batch id, 0 if there is nothing."""
+    try:
+        saved = checkpoint.newest(place.folder)
+    except CheckpointError:
+        return 0
+    ends = boundary_of(stage, agreed.plan), first_of(stage, agreed.plan)
+    load_state(stage, saved.state_for(stage.module.state_dict(), *ends))
+    for passed in saved.skipped:
+        _say(stage.index, f"passed over a state of its own: {passed}")
+    return saved.batch
+
+
+# -- its neighbours ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(settings: Config, index: int, incarnation: int) -> Iterator[Links]:
+    transport, addresses = settings.transport, settings.service.addresses
+    links = Links(
+        index,
+        settings.pipeline.stages,
+        incarnation,
+        shared_settings(settings),
+        queue=512,
+        timeout=transport.timeout,
+        max_message=transport.max_message * 2**20,
+    )
+    try:
+        if index < len(addresses):
+            links.listen(own_endpoint(addresses[index], transport.address))
+        if index > 0:
+            links.connect(endpoint(addresses[index - 1]))
+        yield links
+    finally:
+        links.close()
+
+
+def _agreement(job: Job, model: torch.nn.Module, tasks: list[Task], place: Place, links: Links) -> Agreement:
+    """What stage 0 has decided for all: kept since an earlier start, made now, or heard from the stage before."""
+    if links.stage == 0:
+        if not place.agreement:
+            agreed = agree(job, model, tasks, False)
+            place.joined(agreed.to_json())
+            return agreed
+        agreed = Agreement.from_json(place.agreement)
+        tasks.append(replace(job.task(), classes=agreed.plan.classes))
+        return agreed
+    if place.agreement:
+        return Agreement.from_json(place.agreement)
+    _say(links.stage, f"waiting for stage {links.stage - 1}")
+    deadline = time.monotonic() + job.config.service.patience
+    while time.monotonic() < deadline:
+        got = links.receive([Side.PREVIOUS], 1.0)
+        links.events.clear()
+        if got and isinstance(got[1], Agreed):
+            return _read(got[1], place)
+    raise WaitTimeout(_waited(links.stage, links.stage - 1, job.config.service.patience))
+
+
+def _read(agreed: Agreed, place: Place) -> Agreement:
+    try:
+        text = bytes(agreed.x.tolist()).decode()
+        found = Agreement.from_json(text)
+    except (ValueError, TypeError, KeyError) as error:
+        raise MessageError(f"the agreement of the run is not one: {type(error).__name__}: {error}") from None
+    place.joined(text)
+    return found
+
+
+def _wait(links: Links, side: Side, patience: float) -> int:
+    """Until that neighbour is there; the last batch id that it has trained."""
+    _say(links.stage, f"waiting for stage {links.stage + 1}")
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        links.receive([side], 1.0)
+        while links.events:
+            event = links.events.popleft()[1]
+            if isinstance(event, Up) and links.up(side):
+                return event.link.last
+    raise WaitTimeout(_waited(links.stage, links.stage + 1, patience))
+
+
+def _waited(stage: int, other: int, patience: float) -> str:
+    return f"stage {stage} waited {patience:g} s (service.patience) for stage {other}, which never came: start it"
+
+
+__all__ = ["serve"]

@@ -1,0 +1,78 @@
+"""Keeps one stage running: starts its process, and starts it again when it dies.
+
+crash, kill, hang (the process ends itself)     again, after 1, 2, 4 … 30 s; it goes on from its own state
+0: the run is over, or another process took its place      ends
+2: a setting must be mended                                 ends, and so does its status
+3: it waited too long for a neighbour                       ends
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from threading import Event
+from types import FrameType
+
+FINAL = (0, 2, 3)
+LONGEST = 30.0  # seconds between two starts
+CALM = 60.0  # seconds that a process must have lived for the next wait to be a short one again
+
+
+class _AskedToEnd(Exception):
+    """A signal came while no process was there to pass it on to."""
+
+
+def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
+    """Run `command` (arguments of this Python) until it ends for good, at most `restarts` times more; its status."""
+    asked = False
+    child: subprocess.Popen[bytes] | None = None
+
+    def end(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        if child is None or child.poll() is not None:
+            raise _AskedToEnd
+        child.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    wait = 1.0
+    try:
+        for left in range(restarts, -1, -1):
+            began = time.monotonic()
+            child = subprocess.Popen(
+                [sys.executable, *command], env={"OMP_NUM_THREADS": "1", **os.environ}, start_new_session=True
+            )
+            status = child.wait()
+            if asked or status in FINAL:
+                return max(0, status)
+            wait = 1.0 if time.monotonic() - began > CALM else wait
+            print(f"stage {stage}: {_cause(status)}; {_next(left, wait)}", file=sys.stderr, flush=True)
+            if left:
+                Event().wait(wait)  # which a signal ends
+            wait = min(LONGEST, 2 * wait)
+        return 1
+    except _AskedToEnd:
+        return 0
+    finally:
+        if child and child.poll() is None:
+            child.kill()
+            child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cause(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def _next(left: int, wait: float) -> str:
+    if not left:
+        return "not started again: service.restarts is used up"
+    return f"started again in {wait:g} s (at most {left} times more)"
+
+
+__all__ = ["supervise"]

@@ -1,0 +1,113 @@
+"""Independent stages as processes: they find one another, and each may die and come back while the others go on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from dnipipe.service.ledger import unexplained
+from tests.service.conftest import Services
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+
+Make = Callable[..., Services]
+
+
+def exact(run: Services) -> None:
+    """Each id at most once at each stage, and every gap between two stages has its reason in a ledger."""
+    passed = run.account(2).last  # of a run that goes on: what is still under way is not counted
+    accounts = [run.account(k) for k in range(3)]
+    for stage, account in enumerate(accounts):
+        assert list(account.violations()) == [], stage
+    for before, after in itertools.pairwise(accounts):
+        assert [batch for batch in unexplained(before, after) if batch <= passed] == []
+
+
+def test_stages_start_in_any_order_and_train_every_batch(services: Make) -> None:
+    run = services(60)
+    run.start(2)
+    time.sleep(1)
+    run.start(1)
+    run.start(0)
+    assert run.statuses() == [0, 0, 0]
+    exact(run)
+    for stage in range(3):
+        account = run.account(stage)
+        assert account.begun == list(range(1, 61)) and account.ended and account.alone == set()
+    assert 1 < run.loss() < 6
+
+
+def test_the_others_go_on_while_a_stage_is_dead_and_it_comes_back(services: Make) -> None:
+    run = services(1500, "unguided_batches = 100000")
+    run.start(0, 1, 2)
+    run.until_trained(2, 100)
+    run.until("stage 1 saves", lambda: any((run.run / "stage-1" / "checkpoints").glob("*/manifest.json")))
+    run.kill(1)
+    run.until("stage 0 trains alone", lambda: len(run.account(0).alone) >= 20)
+    assert run.statuses() == [0, 0, 0]
+    exact(run)
+    back = run.account(1)
+    assert len(back.starts) == 2 and 0 < back.starts[1]["from"] <= back.starts[1]["before"]
+    assert run.account(0).begun == list(range(1, 1501))
+    assert max(back.begun) > back.starts[1]["before"]
+    assert "killed by SIGKILL; started again" in run.said[1].read_text()
+    assert 1 < run.loss() < 6
+
+
+def test_a_stage_waits_when_it_has_trained_its_batches_alone(services: Make) -> None:
+    run = services(100_000, "unguided_batches = 7")
+    run.start(0, 1, 2)
+    run.until_trained(2, 30)
+    os.kill(run.supervisors[1].pid, signal.SIGKILL)  # nobody starts it again
+    run.kill(1)
+    run.until("stage 0 trains alone", lambda: len(run.account(0).alone) == 7)
+    last = run.account(0).last
+    time.sleep(2)
+    assert run.account(0).last == last
+    run.start(1)
+    run.until_trained(2, last + 1)
+    exact(run)
+
+
+def test_stage_0_comes_back_behind_what_the_others_have_trained(services: Make) -> None:
+    run = services(1200)
+    run.start(0, 1, 2)
+    run.until_trained(2, 100)
+    run.kill(0)
+    assert run.statuses() == [0, 0, 0]
+    exact(run)
+    assert len(run.account(0).starts) == 2
+    assert run.account(2).begun == sorted(set(run.account(2).begun))
+    assert run.account(0).last == 1200
+
+
+def test_a_hung_stage_is_missed_and_ends_itself(services: Make) -> None:
+    run = services(100_000, "unguided_batches = 100000\nhung = 4.0\nsilence = 1.0")
+    run.start(0, 1, 2)
+    run.until_trained(2, 50)
+    run.kill(1, signal.SIGSTOP)
+    run.until("stage 0 misses it", lambda: bool(run.account(0).alone))
+    run.kill(1, signal.SIGCONT)
+    before = run.account(2).last
+    run.until_trained(2, before + 50)
+    exact(run)
+
+
+def test_one_that_is_asked_to_end_saves_and_ends_alone(services: Make) -> None:
+    run = services(100_000, "unguided_batches = 100000")
+    run.start(0, 1, 2)
+    run.until_trained(2, 50)
+    run.supervisors[1].terminate()
+    run.until("stage 1 ends", lambda: run.supervisors[1].poll() is not None)
+    assert run.supervisors[1].returncode == 0
+    assert "asked to end: saved at batch" in run.said[1].read_text()
+    assert run.supervisors[0].poll() is None and run.supervisors[2].poll() is None
+    run.start(1)
+    run.until_trained(2, run.account(1).last + 20)
+    exact(run)
+    assert run.account(1).undone == 0
