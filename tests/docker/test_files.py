@@ -1,0 +1,68 @@
+"""What docker/ must hold to without an engine: the image's user and size, and what docker-compose 1.29 can read."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.launch.conftest import ROOT
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra: dev): the compose files were not checked")
+
+DOCKER = ROOT / "docker"
+COMPOSE = sorted(path.name for path in DOCKER.glob("compose*.yaml"))
+# of a service; what docker-compose 1.29 does not know, it refuses
+SERVICE = (
+    "build cap_add command depends_on entrypoint environment healthcheck hostname image init networks ports profiles "
+    "restart stop_grace_period user volumes"
+)
+
+
+def read(name: str) -> dict[str, Any]:
+    made: dict[str, Any] = yaml.safe_load((DOCKER / name).read_text())
+    return made
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_old_and_new_compose_can_read_it(name: str) -> None:
+    top = read(name)
+    assert {key for key in top if not key.startswith("x-")} <= {"services", "networks", "volumes"}
+    for service in top["services"].values():
+        assert set(service) <= set(SERVICE.split())
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_nothing_is_open_to_other_hosts(name: str) -> None:
+    for service in read(name)["services"].values():
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert service.get("networks") in (["pipeline"], None)
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_the_use_stands_at_the_top(name: str) -> None:
+    use = rf"# .*:  docker compose -f docker/{re.escape(name)} up( .*)?\n"
+    assert re.match(use, (DOCKER / name).read_text())
+
+
+def test_torchrun_starts_a_node_for_each_stage() -> None:
+    nodes = read("compose.torchrun.yaml")["services"]
+    for name, node in nodes.items():
+        assert node["hostname"] == name  # what the others look for
+        assert f"--nnodes {len(nodes)} --nproc-per-node 1" in node["command"]
+        assert "--rdzv-endpoint node0:" in node["command"] and node["init"]
+
+
+def test_the_image_runs_as_nobody_special_and_knows_no_index_but_the_public_one() -> None:
+    text = (DOCKER / "Dockerfile").read_text()
+    assert re.findall(r"^USER (.*)", text, re.MULTILINE) == ["dnipipe"]
+    assert "ARG BASE=python:3.11-slim-bookworm" in text and "-c constraints.txt" in text
+    assert set(re.findall(r"https?://[^/\s]+", text)) == {"https://download.pytorch.org"}
+
+
+def test_what_the_image_is_made_of_is_sent_to_the_engine() -> None:
+    words = set((ROOT / ".dockerignore").read_text().split("\n"))
+    copied = re.findall(r"^COPY (.*) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    for word in " ".join(copied).split():
+        assert f"!{word}" in words and (ROOT / word).exists()
