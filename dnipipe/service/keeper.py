@@ -139,7 +139,7 @@ class Keeper(Worker):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        self._attend()  # what was under way is answered before something new is
+        self._attend(message)  # what was under way is answered before something new is
         downwards = isinstance(message, (Activation, Evaluation, Checkpoint))
         if isinstance(message, Report) and message.final:
             self.final_reports[message.stage] = message
@@ -159,25 +159,29 @@ class Keeper(Worker):
 
     # -- neighbours --------------------------------------------------------------------------------------------
 
-    def _attend(self) -> None:
+    def _attend(self, unsent: Message | None = None) -> None:
+        """What the links have told. unsent: counts as one of those under way already, and is not."""
         while self.links.events:
             side, event = self.links.events.popleft()
             if isinstance(event, Gone):
-                self._gone(side, event.why)
+                self._gone(side, event.why, unsent)
             elif self.links.up(side):
                 self._back(side)
 
-    def _gone(self, side: Side, why: str) -> None:
+    def _gone(self, side: Side, why: str, unsent: Message | None) -> None:
         stage = self.index + (1 if side is Side.NEXT else -1)
-        waiting = sorted(self.stage.pending) if side is Side.NEXT else []
+        own = unsent.batch if isinstance(unsent, Activation) else 0
+        waiting = sorted(set(self.stage.pending) - {own}) if side is Side.NEXT else []
         self.ledger.gone(stage, why, waiting)
         if side is Side.PREVIOUS:
             self.say(f"{why}; waiting for it, for at most {self.patience:g} s (service.patience)")
             return
         self.alone = 0
-        made = {answer.batch for answer in self.answers if isinstance(answer, (Gradient, Answer))}
-        self.answers.extend(Gradient(batch, None) for batch in waiting if batch not in made)
-        self.answers.extend(Answer(number, LOST) for number in sorted(self.stage.evaluating) if number not in made)
+        own = unsent.batch if isinstance(unsent, Evaluation) else 0
+        asked = sorted(self.stage.evaluating - {own})
+        made = {(type(answer), answer.batch) for answer in self.answers if isinstance(answer, (Gradient, Answer))}
+        self.answers.extend(Gradient(batch, None) for batch in waiting if (Gradient, batch) not in made)
+        self.answers.extend(Answer(number, LOST) for number in asked if (Answer, number) not in made)
         self.say(f"{why}; going on alone for {self.unguided} batches (service.unguided_batches), then waiting for it")
 
     def _back(self, side: Side) -> None:

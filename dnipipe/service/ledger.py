@@ -1,8 +1,8 @@
 """What a stage did with each batch, so that it can be shown afterwards: each id at most once, every gap explained.
 
-    {"start": 2, "from": 80, "before": 97}     the stage's second start goes on from its state behind batch 80; it had
-                                               begun 97 before, so what 81 to 97 taught it is undone
-    {"begun": 98}                              written before the batch is trained: a kill loses no line
+    {"start": 2, "from": 80, "before": 97, "time": 1764…}      the stage's second start goes on from its state behind
+                                               batch 80; it had begun 97, so what 81 to 97 taught it is undone
+    {"begun": 98, "time": 1764…}               written before the batch is trained: a kill loses no line
     {"skipped": 98, "why": "loss not finite"}  nothing was learnt from it
     {"alone": 99}                              trained, but its activation went nowhere: the next stage was away
     {"gone": 2, "why": "…", "unanswered": [97, 98], "time": 1764…}      the neighbour went away, owing these an answer
@@ -38,11 +38,11 @@ class Ledger:
 
     def started(self, incarnation: int, begin: int) -> None:
         """The stage goes on from its state behind batch `begin`."""
-        self._write({"start": incarnation, "from": begin, "before": self.last})
+        self._write({"start": incarnation, "from": begin, "before": self.last, "time": time.time()})
 
     def begun(self, batch: int) -> None:
         self.last = batch
-        self._write({"begun": batch})
+        self._write({"begun": batch, "time": round(time.time(), 3)})
 
     def alone(self, batch: int) -> None:
         self._write({"alone": batch})
@@ -71,9 +71,10 @@ class Account:
     """What a ledger says of one stage."""
 
     begun: list[int] = field(default_factory=list)  # ids, in order
+    times: list[float] = field(default_factory=list)  # when each of them was begun, seconds since 1970
     alone: set[int] = field(default_factory=set)
     skipped: dict[int, str] = field(default_factory=dict)
-    starts: list[dict[str, int]] = field(default_factory=list)
+    starts: list[dict[str, float]] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)  # sent, or about to be, when a connection to the next stage ended
     away: list[dict[str, Any]] = field(default_factory=list)  # gone and back, in order
     ended: bool = False
@@ -115,12 +116,13 @@ def read(path: Path) -> Account:
 def _take(found: Account, line: dict[str, Any]) -> None:
     if "begun" in line:
         found.begun.append(int(line["begun"]))
+        found.times.append(float(line["time"]))
     elif "alone" in line:
         found.alone.add(int(line["alone"]))
     elif "skipped" in line:
         found.skipped[int(line["skipped"])] = str(line["why"])
     elif "start" in line:
-        found.starts.append({key: int(line[key]) for key in ("start", "from", "before")})
+        found.starts.append({key: line[key] for key in ("start", "from", "before", "time")})
     elif "gone" in line or "back" in line:
         found.away.append(line)
         found.lost.update(line.get("unanswered", ()))
