@@ -18,7 +18,6 @@ from pathlib import Path
 from dnipipe.config import Config, describe, load, replace, under
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
-from dnipipe.launcher import launch
 from dnipipe.started import LAUNCHED, is_worker
 
 NEWEST = "newest"
@@ -117,6 +116,12 @@ def _count(word: str) -> int:
     return int(word)
 
 
+def _launched(stages: int, command: list[str], debug: bool) -> int:
+    from dnipipe.launcher import launch  # and torch with it, for which a supervisor or a health check has no use
+
+    return launch(stages, command, debug=debug)
+
+
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config, folder = _configured(options, overrides)
     if is_worker() or config.transport.kind == "local":
@@ -128,7 +133,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         check_unused(folder)
     command = ["-m", "dnipipe", "train", str(write_config(folder, config)), f"--output.run={folder}"]
     command += ["--resume", str(folder)] * (options.resume is not None) + ["--debug"] * options.debug
-    status = launch(config.pipeline.stages, command, debug=options.debug)
+    status = _launched(config.pipeline.stages, command, options.debug)
     if status == UsageError.exit_status and os.listdir(folder) == ["config.toml"]:
         shutil.rmtree(folder)  # nothing ever ran in it
     return status
@@ -199,7 +204,7 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
         run = Path(folder) / "run"
         command = ["-m", "dnipipe", "verify", str(write_config(Path(folder), config)), f"--output.run={run}"]
         command += ["--batches", str(options.batches)] + ["--debug"] * options.debug
-        status = launch(config.pipeline.stages, command, debug=options.debug)
+        status = _launched(config.pipeline.stages, command, options.debug)
         if status:
             return status
         equal, lines = verify.read(run)
@@ -232,7 +237,7 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
         folder = above / name
         print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
         command = ["-m", "dnipipe", "train", str(write_config(folder, settings)), f"--output.run={folder}"]
-        status = launch(settings.pipeline.stages, command + ["--debug"] * options.debug, debug=options.debug)
+        status = _launched(settings.pipeline.stages, command + ["--debug"] * options.debug, options.debug)
         if status:
             return status
         sides[name] = compare.side(folder)
