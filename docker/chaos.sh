@@ -2,13 +2,14 @@
 # Break the demo while it trains, and say what that cost:  docker/chaos.sh
 #
 # Trains twice, in a compose project of its own: undisturbed, then with eight faults, each stage hit twice.
-# SECONDS_BETWEEN  from a fault to the next [12]
-# SECONDS_LONG     how long a pause, a cut or a slow time lasts [5]
+# BATCHES  of each run [2000]; a fault comes every tenth of them, when the one before is over
+# LONG     seconds that a pause, a cut or a slow time lasts [5]
 # The run files stay in the volume dnipipe-chaos_runs; docker/README.md says how to draw them.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-between=${SECONDS_BETWEEN:-12} long=${SECONDS_LONG:-5} project=dnipipe-chaos
+batches=${BATCHES:-2000} long=${LONG:-5} project=dnipipe-chaos limit=600
+export SETTINGS="--train.batches $batches"
 faults=$(mktemp)
 if docker compose version >/dev/null 2>&1; then program=(docker compose); else program=(docker-compose); fi
 compose() { "${program[@]}" -p "$project" -f compose.yaml "$@"; }
@@ -18,7 +19,7 @@ trap finish EXIT
 
 # From within: after `docker kill` the engine would not start the container again. Process 1 (init) stays, and ends with status 137.
 kill_stage() { docker exec "$(container "$1")" sh -c 'kill -9 -1' || true; }
-pause_stage() { docker pause "$(container "$1")" >/dev/null; sleep "$long"; docker unpause "$(container "$1")" >/dev/null; }
+pause_stage() { docker pause "$(container "$1")" >/dev/null && sleep "$long" && docker unpause "$(container "$1")" >/dev/null; }
 cut_stage() {
   local id; id=$(container "$1")
   docker network disconnect "${project}_pipeline" "$id"
@@ -46,33 +47,47 @@ fault() { # KIND STAGE: make it, and write down when it began and ended
   "$1_stage" "$2"
   echo "{\"fault\": \"$1\", \"stage\": $2, \"begin\": $begin, \"end\": $(date +%s.%N)}" >>"$faults"
 }
-until_it_trains() {
-  for _ in $(seq 180); do
-    docker exec "$(container 3)" test -s "/runs/$RUN/metrics/stage-3.jsonl" 2>/dev/null && return
+until_trained() { # BATCH: by the last stage, as its ledger says
+  local last=0 end=$((SECONDS + limit))
+  while [ "${last:-0}" -lt "$1" ]; do
+    [ "$SECONDS" -lt "$end" ] || give_up "stage 3 did not come to batch $1 within $limit s"
     sleep 1
+    last=$(docker exec "$(container 3)" tail -n 20 "/runs/$RUN/stage-3/ledger.jsonl" 2>/dev/null |
+      sed -n 's/^{"begun": \([0-9]*\),.*/\1/p' | tail -n 1) || true
   done
-  compose logs --tail 20
-  echo "chaos: stage 3 wrote no metrics within 180 s" >&2
+}
+until_ended() {
+  local stage end=$((SECONDS + limit))
+  for stage in 0 1 2 3; do
+    until [ "$(docker inspect -f '{{.State.Status}} {{.State.ExitCode}}' "$(compose ps -aq "stage$stage")")" = "exited 0" ]; do
+      [ "$SECONDS" -lt "$end" ] || give_up "stage $stage did not end within $limit s"
+      sleep 1
+    done
+  done
+  compose logs --no-color --tail 4 stage0
+}
+give_up() {
+  compose logs --no-color --tail 20
+  echo "chaos: $1" >&2
   exit 1
 }
-until_it_ends() { compose logs -f --no-color stage0 | grep -E 'loss|stage' || true; }
 
 compose down --volumes >/dev/null 2>&1
-RUN=undisturbed compose up -d
-export RUN=undisturbed && until_it_trains && until_it_ends
+export RUN=undisturbed
+compose up -d
+until_ended
 compose down >/dev/null 2>&1
+
 export RUN=disturbed
 compose up -d
-until_it_trains
-sleep "$between"
 last="kill 2"
-if can_delay; then last="delay 2"; else echo "fault   delay: this host offers none (root, tc, nsenter and the kernel's sch_netem); a kill instead"; fi
+if can_delay; then last="delay 2"; else echo "fault   delay: not on this host (root, tc, nsenter and the kernel's sch_netem); a kill instead"; fi
+number=0
 for each in "kill 1" "pause 2" "cut 3" "slow 0" "kill 3" "kill 0" "pause 1" "$last"; do
-  [ -n "$(docker ps -q --filter "id=$(container 0)")" ] || { echo "chaos: the run ended before '$each'" >&2; break; }
+  until_trained $((++number * batches / 10))
   # shellcheck disable=SC2086 # two words
   fault $each
-  sleep "$between"
 done
-until_it_ends
+until_ended
 docker run --rm -i -v "${project}_runs:/runs" dnipipe sh -c 'cat >/runs/disturbed/faults.jsonl' <"$faults"
 docker run --rm -i -v "${project}_runs:/runs:ro" dnipipe python - /runs/disturbed /runs/undisturbed <report.py

@@ -11,11 +11,13 @@ from benchmarks.tables import MISSING, markdown
 from benchmarks.throughput.study import ALONE, RULES, SCHEDULES, SYSTEMS, Condition, Record, limit
 from benchmarks.throughput.window import Measured
 
+MANY = 8  # ranks, above which a table gives the lowest and the highest of them
 NOTE = (
     "Samples a second of the slowest rank; medians of the repeats, ± half of their range, and in brackets the share of "
     "the limit. The limit: the slowest stage alone in a loop on a core of its own, or, with more stages than cores, "
     "all cores busy with the work of all stages. M: micro-batches in a step of a synchronous schedule, the best of "
-    "those tried, at each delay. dnipipe updates after each micro-batch, a schedule after each step. "
+    "those tried, at each delay. dnipipe updates after each micro-batch, a schedule after each step. Of "
+    f"more than {MANY} stages the lowest and the highest figure; idle time only of stages that compute. "
 )
 
 
@@ -98,7 +100,7 @@ def _costs(records: Sequence[Record], group: Sequence[Condition]) -> str:
     for system in _systems(records, group):
         runs = _of(records, system, condition)
         if runs:
-            idle = _by_stage(runs, lambda rank: 100 * (1 - rank.processor / rank.seconds), "{:.0f}")
+            idle = MISSING if condition.sleep else _by_stage(runs, _idle, "{:.0f}")
             sent = _by_stage(runs, _sent, "{:.0f}")
             memory = _by_stage(runs, lambda rank: rank.memory, "{:.0f}")
             late = _by_stage(runs, lambda rank: rank.staleness, "{:.1f}")
@@ -106,16 +108,23 @@ def _costs(records: Sequence[Record], group: Sequence[Condition]) -> str:
     return markdown(head, rows)
 
 
+def _idle(rank: Measured) -> float:
+    return 100 * (1 - rank.processor / rank.seconds)
+
+
 def _sent(rank: Measured) -> float | None:
     return None if rank.sent is None else rank.sent / rank.samples / 1000
 
 
 def _by_stage(runs: Sequence[Record], value: Callable[..., float | None], form: str) -> str:
-    found = []
+    found: list[float | None] = []
     for ranks in zip(*(run.ranks for run in runs), strict=True):
         values = [one for rank in ranks if (one := value(rank)) is not None]
-        found.append(form.format(median(values)) if values else MISSING)
-    return MISSING if set(found) == {MISSING} else ", ".join(found)
+        found.append(median(values) if values else None)
+    known = [one for one in found if one is not None]
+    if len(found) > MANY and known:
+        return f"{form.format(min(known))} to {form.format(max(known))}"
+    return ", ".join(MISSING if one is None else form.format(one) for one in found) if known else MISSING
 
 
 def _of(records: Iterable[Record], system: str, condition: Condition) -> list[Record]:
