@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dnipipe"
@@ -160,3 +162,9 @@ def test_nothing_polls() -> None:
     for path in PACKAGE.rglob("*.py"):
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
         assert not {name for name in calls if name.split(".")[-1] == "sleep"}, path
+
+
+def test_a_supervisor_and_a_health_check_do_without_torch() -> None:
+    """It takes a second of a core, and 200 MB, each time."""
+    code = "import sys, dnipipe.cli, dnipipe.service.place, dnipipe.service.supervisor; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
