@@ -17,6 +17,7 @@ from torch import Tensor
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError, MessageError
 from dnipipe.nets import convolutions, dense
+from dnipipe.optim import in_one_kernel
 from dnipipe.predictors import Edge
 
 Shape = tuple[int, ...]
@@ -33,7 +34,7 @@ class Inputs:
 
     def __init__(self, net: nn.Module, x: Shape, dtype: str, tokens: int, lr: float) -> None:
         self.net, self.x, self.dtype, self.tokens = net, x, dtype, tokens
-        self.optimizer = torch.optim.Adam(net.parameters(), lr)
+        self.optimizer = in_one_kernel(torch.optim.Adam, net.parameters(), lr=lr)
 
     def check(self, x: Tensor) -> None:
         """Raises MessageError unless x is like what was planned for; another number of samples, or fewer tokens, is."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dnipipe.lessons import Replay
+from dnipipe.optim import in_one_kernel
 from dnipipe.predictors import Predictor
 
 
@@ -22,7 +23,7 @@ class Learner:
 
     def __init__(self, predictor: Predictor, lr: float, replay: Replay | None = None, rows: float = 1.0) -> None:
         self.predictor = predictor
-        self.adam = torch.optim.Adam(predictor.parameters(), lr)
+        self.adam = in_one_kernel(torch.optim.Adam, predictor.parameters(), lr=lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
         self.replay = replay or Replay()
         self.rows = rows

@@ -23,9 +23,22 @@ def factory(config: Config) -> OptimizerFactory:
         return lambda parameters: torch.optim.SGD(
             parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "nadam": torch.optim.NAdam}[settings.name]
-    betas = settings.beta1, 0.999
-    return lambda parameters: kind(parameters, settings.lr, betas, weight_decay=settings.weight_decay)
+    common: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.beta1, 0.999),
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "nadam":
+        return lambda parameters: torch.optim.NAdam(parameters, **common)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+    return lambda parameters: in_one_kernel(kind, parameters, **common)
+
+
+def in_one_kernel(kind: type[torch.optim.Adam], parameters: Iterable[Parameter], **options: Any) -> torch.optim.Adam:
+    """An Adam whose step is one kernel where torch has it: on a CPU a fifth of the time of a kernel a tensor."""
+    parameters = list(parameters)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return kind(parameters, fused=fused, **options)
 
 
 def schedule(config: Config, total: int) -> Schedule:
