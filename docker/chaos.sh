@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-batches=${BATCHES:-2000} long=${LONG:-5} project=dnipipe-chaos limit=600
+batches=${BATCHES:-2000} long=${LONG:-8} project=dnipipe-chaos limit=600
 export SETTINGS="--train.batches $batches"
 faults=$(mktemp)
 if docker compose version >/dev/null 2>&1; then program=(docker compose); else program=(docker-compose); fi

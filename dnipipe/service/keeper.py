@@ -38,7 +38,7 @@ from dnipipe.transport import Side
 from dnipipe.worker import Worker
 
 LOST = torch.empty(0, dtype=torch.float64)  # in the place of an answer that will never come
-HUNG = 4.0  # times the longest silence so far of a neighbour that went on, after which it is taken for hung
+HUNG = 4.0  # times the longest of a neighbour's recent silences, after which it is taken for hung
 NEWS = 5.0  # seconds between two lines about a neighbour that stays away
 
 

@@ -17,7 +17,8 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Union
 
 import zmq
@@ -31,6 +32,7 @@ from dnipipe.transport import Side
 from dnipipe.transport.edge import Edge
 from dnipipe.transport.zmq import ZmqTransport
 
+RECENT = 100  # silences of a neighbour that are remembered
 AGAIN = 1.0  # seconds between two Links to a neighbour that is connected and has not answered
 GREETING = "link"  # the token of a Link; every other message carries its connection's
 
@@ -64,7 +66,7 @@ class _Bond:
     introduced: float = 0.0  # when the last Link was sent
     incarnation: int = 0  # the highest that was heard
     heard: float = 0.0  # when it last said anything but a Link; 0: not yet, on this connection
-    longest: float = 0.0  # seconds between two things that it said, on a connection
+    silences: deque[float] = field(default_factory=partial(deque, maxlen=RECENT))  # seconds before each thing it said
 
 
 class Links(ZmqTransport):
@@ -114,8 +116,8 @@ class Links(ZmqTransport):
         return time.monotonic() - heard if heard else 0.0
 
     def longest(self, side: Side) -> float:
-        """The longest silence so far, seconds, that was followed by a word."""
-        return self._bonds[side].longest
+        """The longest of its recent silences, seconds, that were followed by a word."""
+        return max(self._bonds[side].silences, default=0.0)
 
     def give_up(self, side: Side, why: str) -> None:
         """The owner's verdict on a neighbour that is connected: away, until it answers a new Link."""
@@ -232,7 +234,8 @@ class Links(ZmqTransport):
                 self.give_up(side, f"messages of {edge.name} were lost on the way")
                 continue
             bond, now = self._bonds[side], time.monotonic()
-            bond.longest, bond.heard = max(bond.longest, now - (bond.heard or now)), now
+            bond.silences.append(now - (bond.heard or now))
+            bond.heard = now
             return header, [frame.buffer for frame in frames[1:]]
         return None
 

@@ -61,10 +61,12 @@ def test_a_container_is_not_root_and_may_write_its_run(image: str) -> None:
     assert said.split()[0] == "1000" and "--model.name" in said
 
 
-def test_four_torchrun_nodes_train_to_the_evaluation(image: str, compose: Compose) -> None:
-    file = "compose.torchrun.yaml"
+@pytest.mark.parametrize("file", ["compose.torchrun.yaml", "compose.yaml"])
+def test_four_containers_train_to_the_evaluation(image: str, compose: Compose, file: str) -> None:
     said = compose(file, "up", "--no-color", SETTINGS=shlex.join(SMALL))
     assert len(re.findall(r"validation loss [\d.]+ nats per byte", said)) == 1, said
-    for container in compose(file, "ps", "-q").split():
+    containers = compose(file, "ps", "-q").split()
+    assert len(containers) >= 4
+    for container in containers:
         state = json.loads(done("docker", "inspect", "-f", "{{json .State}}", container))
         assert state["Status"] == "exited" and state["ExitCode"] == 0

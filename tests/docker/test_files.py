@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,11 @@ import pytest
 from tests.launch.conftest import ROOT
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra: dev): the compose files were not checked")
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 DOCKER = ROOT / "docker"
 COMPOSE = sorted(path.name for path in DOCKER.glob("compose*.yaml"))
@@ -37,7 +43,8 @@ def test_old_and_new_compose_can_read_it(name: str) -> None:
 def test_nothing_is_open_to_other_hosts(name: str) -> None:
     for service in read(name)["services"].values():
         assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
-        assert service.get("networks") in (["pipeline"], None)
+        assert service.get("networks") in (["pipeline"], ["screen"])
+        assert service["networks"] == ["pipeline"] or "dnipipe stage" not in str(service.get("command"))
 
 
 @pytest.mark.parametrize("name", COMPOSE)
@@ -52,6 +59,27 @@ def test_torchrun_starts_a_node_for_each_stage() -> None:
         assert node["hostname"] == name  # what the others look for
         assert f"--nnodes {len(nodes)} --nproc-per-node 1" in node["command"]
         assert "--rdzv-endpoint node0:" in node["command"] and node["init"]
+
+
+def test_each_stage_is_a_container_that_comes_back_and_is_looked_after() -> None:
+    settings = tomllib.loads((DOCKER / "demo.toml").read_text())
+    top = read("compose.yaml")
+    stages = {name: one for name, one in top["services"].items() if name.startswith("stage")}
+    assert list(stages) == [f"stage{k}" for k in range(settings["pipeline"]["stages"])]
+    assert settings["service"]["addresses"] == [f"{name}:7000" for name in list(stages)[:-1]]
+    for index, one in enumerate(stages.values()):
+        assert f"dnipipe stage --index {index} --no-restart /demo.toml" in one["command"]
+        assert one["restart"] == "on-failure" and one["init"] and one["networks"] == ["pipeline"]
+        assert f"--healthy --index {index}" in one["healthcheck"]["test"]
+    assert top["networks"]["pipeline"]["internal"]
+
+
+def test_the_faults_hit_each_stage() -> None:
+    text = (DOCKER / "chaos.sh").read_text()
+    faults = re.findall(r'"(kill|pause|cut|slow) (\d)"', text[text.index("for each in") :])
+    assert len(faults) >= 6 and {stage for _, stage in faults} == {"0", "1", "2", "3"}
+    for kind, _ in faults:
+        assert f"{kind}_stage() {{" in text
 
 
 def test_the_image_runs_as_nobody_special_and_knows_no_index_but_the_public_one() -> None:
