@@ -19,6 +19,7 @@ from dnipipe import inputs, optim, predictors, split
 from dnipipe.config import Config, WireSettings, phases
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
+from dnipipe.execution import compile_forward, round_off, rounded
 from dnipipe.gradient_rules import RULES, GradientRule
 from dnipipe.last_stage import LossGradient
 from dnipipe.learner import Learner
@@ -68,7 +69,9 @@ def plan_for(settings: Config, model: nn.Module, x: Tensor, y: Tensor, classes: 
     """The plan, with the number of classes taken from the model's output where the data does not say it."""
     pipeline = settings.pipeline
     by_time = settings.transport.kind != "local"  # a measured cut may differ from run to run
-    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device_of(settings)), by_time)
+    device = device_of(settings)
+    prepare = partial(round_off, settings=pipeline, device=device)
+    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device), by_time, prepare)
     if classes is None and not y.is_floating_point() and len(made.shapes[-1]) == y.dim() + 1:
         made = replace(made, classes=made.shapes[-1][-1 if made.shapes[-1][:-1] == y.shape else 1])
         check_batch((x, y), made.classes, 1)
@@ -107,7 +110,11 @@ def device_of(settings: Config) -> torch.device:
 def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
     settings, device = job.config, device_of(job.config)
-    module = split.part(model, plan, index).to(device)
+    module = round_off(split.part(model, plan, index).to(device), settings.pipeline, device)
+    if compiled := settings.pipeline.compile:
+        dtype, shape = plan.h(index - 1) if index else (plan.x_dtype, plan.x)
+        compile_forward(module, torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
+    job = replace(job, loss=rounded(job.loss, settings.pipeline, device))
     return kind_of(settings, plan, index)(
         index,
         plan.stages,
@@ -126,7 +133,8 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         seed=settings.train.seed,
         first_layer=plan.layers_of(index)[0],
         device=device,
-        graphs=Graphs(settings.pipeline.memory * 2**20 // 2),
+        # a compiled graph may reuse what it has saved, and is gone after one backward
+        graphs=Graphs(0 if compiled else settings.pipeline.memory * 2**20 // 2),
     )
 
 
@@ -145,6 +153,8 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
     def learner() -> Learner:
         torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
         predictor = predictors.build(settings.predictor, plan.edge(index), job.loss)
+        for part in predictor.children():
+            round_off(part, settings.pipeline, device_of(settings))
         lessons = Replay(settings.predictor.replay, settings.predictor.steps)
         return Learner(predictor.to(device_of(settings)), settings.predictor.lr, lessons, settings.predictor.rows)
 
@@ -167,7 +177,8 @@ def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
         return None
     reseed(settings.train.seed, plan.layers_of(index)[0], "inputs")
     made = inputs.build(settings.predictor, plan.x, plan.x_dtype, plan.edge(index - 1))
-    made.net.to(device_of(settings))
+    device = device_of(settings)
+    round_off(made.net.to(device), settings.pipeline, device)
     return made
 
 

@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -80,10 +80,12 @@ def plan(
     classes: int | None,
     device: str = "cpu",
     by_time: bool = True,
+    prepare: Callable[[nn.Module], nn.Module] = lambda layer: layer,
 ) -> Plan:
     """Measure the layers on one batch (x, y), cut into `stages` (at `boundaries`, or balanced), and check the cut.
 
     Balanced by measured time, or if not `by_time` by the number of parameters, which is the same in every run.
+    `prepare` makes a layer, in place, run as it will in a stage.
 
     The model is left as it was: what is measured is a copy, and torch's random state is put back.
     Raises SplitError: not an nn.Sequential, more stages than layers, a stage without parameters to train, a parameter
@@ -97,7 +99,7 @@ def plan(
     layers = [name for name, _ in model.named_children()]
     if stages > len(layers):
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
-    seconds, outputs = _measure(model, x, device)
+    seconds, outputs = _measure(model, x, device, prepare)
     trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in model]
     cut = tuple(boundaries) or balance(seconds if by_time else parameters, trainable, stages)
@@ -156,13 +158,15 @@ def part(model: nn.Module, made: Plan, stage: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(children[layer] for layer in made.layers_of(stage)))
 
 
-def _measure(model: nn.Sequential, x: Tensor, device: str) -> tuple[list[float], list[Tensor]]:
+def _measure(
+    model: nn.Sequential, x: Tensor, device: str, prepare: Callable[[nn.Module], nn.Module]
+) -> tuple[list[float], list[Tensor]]:
     """Seconds of forward + backward of each layer on one batch, the least disturbed of some; each layer's output."""
     seconds, outputs = [], []
     with torch.random.fork_rng():
         h = x.to(device)
         for name, layer in model.named_children():
-            twin = copy.deepcopy(layer).to(device).train()
+            twin = prepare(copy.deepcopy(layer).to(device).train())
             try:
                 runs = [_seconds(twin, h) for _ in range(REPEATS)]
             except Exception as error:

@@ -60,7 +60,7 @@ def prepared(job: Job, batches: int, run: Path) -> Job:
     folder `run`. Where micro-batches would change what a layer computes, a batch is a single one."""
     settings = config.replace(
         under(job.config, "sync"),
-        pipeline={"device": "cpu"},
+        pipeline={"device": "cpu", "autocast": "off", "compile": False},
         optimizer={"clip": 0.0},
         train={"batches": batches},
         eval={"every": 0, "sample": 0},

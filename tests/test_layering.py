@@ -38,6 +38,7 @@ MAY = {
     "split": "errors predictors",
     "models": "config errors",
     "data": "config errors",
+    "execution": "config errors",
     "window": "",
     "folders": "config errors",
     "checkpoint": "errors",
@@ -52,8 +53,8 @@ MAY = {
     "measured": "messages metrics tracing transport",
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
-    "building": "config data errors gradient_rules inputs last_stage learner lessons metrics optim phases predictors "
-    "randomness sometimes split stage stash sync transport unlocked window wire",
+    "building": "config data errors execution gradient_rules inputs last_stage learner lessons metrics optim phases "
+    "predictors randomness sometimes split stage stash sync transport unlocked window wire",
     "state": "checkpoint errors split stage unlocked",
     "session": "building checkpoint config data display errors folders gloo greeting head messages metrics rendezvous "
     "result split stage state sync tracing transport worker",

@@ -6,13 +6,14 @@ One path checks both sources: `build` takes nested plain values and returns a `C
 names the setting, its value and the way out. Nothing here touches torch or a socket, or a file but the TOML.
 """
 
-from dnipipe.config.sections import Output, Predictor, Sync, WireSettings
+from dnipipe.config.sections import Output, Pipeline, Predictor, Sync, WireSettings
 from dnipipe.config.settings import Config, describe, flat, phases, replace, shared_settings, under
 from dnipipe.config.sources import build, default, load
 
 __all__ = [
     "Config",
     "Output",
+    "Pipeline",
     "Predictor",
     "Sync",
     "WireSettings",

@@ -51,6 +51,13 @@ class Pipeline:
         low=1,
     )
     device: str = setting("auto", "auto (the GPU of LOCAL_RANK if there is one), cpu, cuda", local=True)
+    autocast: Literal["off", "bfloat16"] = setting(
+        "off", "bfloat16: layers, predictors and the loss under torch.autocast; between them all stays float32"
+    )
+    compile: bool = setting(
+        False,
+        "torch.compile the layers of a stage, at the start; no graph waits then (rule.stash runs forwards again)",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""How layers are run: under autocast, compiled, or as they are. Their parameters keep names, dtype and place.
+
+    x float32 ──► [ layers: matrix products in bfloat16 ] ──► h float32         pipeline.autocast
+                  [ several operations in one kernel    ]                       pipeline.compile
+
+What leaves is float32 again, so that the rule, the wire and the optimizer are as ever. Not nn.Module.compile: it leaves
+an nn.Sequential as it is (torch 2.13), without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from dnipipe.config import Pipeline
+from dnipipe.errors import ConfigError, told
+
+DTYPES = {"bfloat16": torch.bfloat16}
+
+Run = Callable[..., Tensor]
+
+
+def rounded(run: Run, settings: Pipeline, device: torch.device) -> Run:
+    """`run` under autocast, if the settings want it; what it returns in float32."""
+    dtype = DTYPES.get(settings.autocast)
+    if dtype is None:
+        return run
+
+    @functools.wraps(run)
+    def under(*arguments: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            out = run(*arguments)
+        return out.float() if out.dtype is dtype else out
+
+    return under
+
+
+def round_off(module: nn.Module, settings: Pipeline, device: torch.device) -> nn.Module:
+    """Make the module's forward, in place, one under autocast. Not to be deep-copied afterwards: a copy would run this
+    one's layers."""
+    if settings.autocast in DTYPES:
+        module.forward = rounded(module.forward, settings, device)
+    return module
+
+
+def compile_forward(module: nn.Module, x: Tensor) -> None:
+    """Make the module's forward, in place, a compiled one, and run it on x, one of its inputs, which changes nothing.
+
+    Random numbers are drawn as without (fallback_random): a batch's are a function of its id (randomness.py).
+    Raises ConfigError where torch cannot compile it.
+    """
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        h: Tensor = plain(x)  # torch compiles a function of ours, and not one of nn.Sequential's own
+        return h
+
+    # torch counts what it has compiled by code object, up to 8, which stages of one process would share
+    forward.__code__ = forward.__code__.replace()
+    module.forward = torch.compile(forward, options={"fallback_random": True})
+    was = module.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            module.eval()(x)
+    except Exception as error:
+        raise ConfigError(
+            f"pipeline.compile = true: torch.compile cannot compile these layers here ({_first_line(error)}); a C++ "
+            "compiler is needed (on a GPU also Triton); or leave pipeline.compile at false"
+        ) from error
+    finally:
+        module.train(was)
+
+
+def _first_line(error: Exception) -> str:
+    return told(error).strip().partition("\n")[0]
+
+
+__all__ = ["compile_forward", "round_off", "rounded"]
