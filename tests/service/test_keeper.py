@@ -1,0 +1,242 @@
+"""The loop of an independent stage whose neighbours come and go as the test says, all in one thread.
+
+before ──► stage 1 of 3 ──► behind       FakeLinks: the same ends as of tests/worker, each with a switch
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dnipipe.errors import HandshakeError
+from dnipipe.messages import Activation, Agreed, Answer, Evaluation, Farewell, Gradient, Message, Stop
+from dnipipe.metrics import JsonLines
+from dnipipe.service.keeper import Keeper
+from dnipipe.service.links import Event, Gone, Up
+from dnipipe.transport import AT_EASE, Side
+from dnipipe.transport.local import pipeline
+from dnipipe.window import Window
+from tests.conftest import make_stages
+from tests.worker.bench import NEVER, Watched, answer, batches, modules_of, synthetic
+
+AGREED = Agreed(torch.tensor([1, 2, 3], dtype=torch.uint8))
+
+
+class FakeLinks(Watched):
+    """What Keeper asks of Links. `goes` and `comes` throw the switches."""
+
+    last = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.events: deque[tuple[Side, Event]] = deque()
+        self.there = dict.fromkeys(Side, True)
+
+    def up(self, side: Side) -> bool:
+        return self.there[side]
+
+    def goes(self, side: Side) -> None:
+        self.there[side] = False
+        self.events.append((side, Gone("it is gone")))
+
+    def comes(self, side: Side) -> None:
+        self.there[side] = True
+        self.events.append((side, Up(None)))  # type: ignore[arg-type]
+
+    def last_of(self, side: Side) -> int:
+        return 0
+
+    def quiet(self, side: Side) -> float:
+        return 0.0
+
+    longest = quiet
+
+    def send(self, side: Side, message: Message) -> None:
+        if self.there[side]:
+            super().send(side, message)
+
+    def receive(
+        self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
+    ) -> tuple[Side, Message] | None:
+        return None if self.events else super().receive(sides, timeout, waiting)
+
+
+class Book:
+    """A ledger in memory."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *values: self.lines.append((name, *values))
+
+
+class Stand:
+    """Stage 1 of 3 as a Keeper; its neighbours are in the test's hands, and there."""
+
+    def __init__(self, folder: Path, unguided: int) -> None:
+        self.ends = pipeline(3, timeout=30.0)
+        self.links, self.book, self.said = FakeLinks(self.ends[1]), Book(), []  # type: ignore[var-annotated]
+        stage = make_stages(modules_of(3), synthetic, partial(torch.optim.SGD, lr=0.1))[1]
+        self.log = JsonLines(folder / "stage-1.jsonl")
+
+        def nothing(*_: object) -> None:
+            pass
+
+        self.keeper = Keeper(
+            *(stage, self.links, Window(8), stage.metrics, self.log, nothing),
+            links=self.links,
+            ledger=self.book,
+            agreement=AGREED,
+            unguided=unguided,
+            patience=30.0,
+            silence=10.0,
+            save_own=nothing,
+            save_every=NEVER,
+            alive=nothing,
+            say=self.said.append,
+            report_every=NEVER,
+        )
+        self.links.log.clear()
+
+    def previous(self, *messages: Message) -> None:
+        for message in messages:
+            self.ends[0].send(Side.NEXT, message)
+
+    def next(self, *messages: Message) -> None:
+        for message in messages:
+            self.ends[2].send(Side.PREVIOUS, message)
+
+    def turn(self, times: int = 1) -> None:
+        """The loop goes round: as in Worker.inbox, without an end."""
+        for _ in range(times):
+            self.links.late.append(self.links.wake)  # it never waits
+            message = self.keeper._next()
+            if message is not None:
+                self.keeper._handle(message)
+
+    def trained(self) -> list[int]:
+        return [line[1] for line in self.book.lines if line[0] == "begun"]
+
+    def alone(self) -> list[int]:
+        return [line[1] for line in self.book.lines if line[0] == "alone"]
+
+
+@pytest.fixture
+def stand(tmp_path: Path) -> Iterator[Callable[[int], Stand]]:
+    made: list[Stand] = []
+
+    def make(unguided: int = 100) -> Stand:
+        made.append(Stand(tmp_path, unguided))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.log.close()
+
+
+def gradient(batch: int) -> Gradient:
+    return Gradient(batch, torch.zeros(4, 8))
+
+
+def test_it_trains_alone_as_long_as_it_may_and_then_takes_no_more(stand: Callable[[int], Stand]) -> None:
+    one = stand(3)
+    one.links.goes(Side.NEXT)
+    one.previous(*batches(1, 5))
+    one.turn(20)
+    assert one.trained() == one.alone() == [1, 2, 3]
+    assert one.keeper.stage.in_flight == 0
+    assert one.links.log == [line for line in one.links.log if "to next" not in line]
+    one.links.comes(Side.NEXT)
+    one.turn(20)
+    assert one.trained() == [1, 2, 3, 4, 5] and one.alone() == [1, 2, 3]
+    assert one.links.log[-2:] != [] and "to next: Activation 5" in one.links.log
+
+
+def test_what_was_under_way_is_answered_when_the_next_stage_goes(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.previous(*batches(1, 2))
+    one.turn(4)
+    assert one.keeper.stage.in_flight == 2
+    one.links.goes(Side.NEXT)
+    one.turn(4)
+    assert one.keeper.stage.in_flight == 0
+    assert ("gone", 2, "it is gone", [1, 2]) in one.book.lines
+    assert one.keeper.metrics.skipped == {"no gradient came": 2}
+
+
+def test_a_batch_that_is_about_to_be_sent_is_answered_once(stand: Callable[[int], Stand]) -> None:
+    """The neighbour went, and was back, while its activation was computed: the stage counts it as under way already."""
+    one = stand(100)
+    one.previous(*batches(1, 1))
+    one.turn(2)
+    one.previous(*batches(2, 2))
+    handle = one.keeper.stage.handle
+
+    def slowly(message: Message) -> Iterator[Message]:
+        for out in handle(message):
+            if isinstance(out, Activation):
+                one.links.goes(Side.NEXT)
+                one.links.comes(Side.NEXT)
+            yield out
+
+    one.keeper.stage.handle = slowly  # type: ignore[method-assign]
+    one.turn(2)
+    one.keeper.stage.handle = handle  # type: ignore[method-assign]
+    assert one.links.log.count("to next: Activation 2") == 1
+    assert ("gone", 2, "it is gone", [1]) in one.book.lines  # 2 was not sent before it went
+    one.next(gradient(2))
+    one.turn(6)
+    assert one.keeper.stage.in_flight == 0
+
+
+def test_an_evaluation_under_way_is_answered_as_lost(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.previous(Evaluation(7, torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)))
+    one.turn(2)
+    one.links.goes(Side.NEXT)
+    one.turn(3)
+    answers = [got[1] for _ in range(9) if (got := one.ends[0].receive([Side.NEXT], 0.0))]
+    assert [(type(each), each.batch, each.h.numel()) for each in answers if isinstance(each, Answer)] == [
+        (Answer, 7, 0)
+    ]
+
+
+def test_who_comes_is_told_what_it_missed(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.links.goes(Side.NEXT)
+    one.previous(*batches(1, 1))
+    one.turn(3)
+    one.keeper.stopping = True
+    one.links.comes(Side.NEXT)
+    one.turn(1)
+    heard = [got[1] for _ in range(9) if (got := one.ends[2].receive([Side.PREVIOUS], 0.0))]
+    assert [type(each) for each in heard] == [Agreed, Agreed, Stop]  # at the start, and anew
+
+
+def test_the_agreement_of_another_run_is_refused(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.previous(Agreed(torch.tensor([9], dtype=torch.uint8)))
+    with pytest.raises(HandshakeError, match="stage 1 belongs to another run than stage 0"):
+        one.turn(2)
+
+
+def test_the_end_waits_for_the_farewell_and_hands_it_on(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.previous(*batches(1, 1), Stop(1), Farewell(1))
+
+    def reply(side: Side, message: Message) -> None:
+        if side is Side.NEXT and (word := answer(message)):
+            one.next(word)
+
+    one.links.after_send = reply
+    one.keeper.run()
+    assert one.links.log[-1] == "to next: Farewell 1"
+    assert ("ended",) in one.book.lines
