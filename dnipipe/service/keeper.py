@@ -93,12 +93,15 @@ class Keeper(Worker):
 
     def _next(self) -> Message | None:
         self._attend()
-        if self.answers:
+        while self.answers:
             self._tick()
-            return self.answers.popleft()
+            answer = self.answers.popleft()
+            if self._asked(answer):  # the real one may have come after all
+                return answer
         return super()._next()
 
     def _handle(self, message: Message) -> None:
+        self._attend()  # now, while the stage knows exactly what is under way: a send in its middle only notes
         trains = isinstance(message, Activation)
         if isinstance(message, Activation):
             self.ledger.begun(message.batch)
@@ -127,7 +130,18 @@ class Keeper(Worker):
         if isinstance(got, Farewell):
             self.farewell = True
             return None
+        if got is not None and not self._asked(got):
+            self.links.dropped["an answer to what an older connection brought"] += 1
+            return None
         return got
+
+    def _asked(self, message: Message) -> bool:
+        """Whether it is no answer, or one to what is under way here: this process may be another than the one that
+        asked, and what was asked over a connection that ended has been answered already.
+        """
+        if isinstance(message, Gradient):
+            return message.batch in self.stage.pending
+        return not isinstance(message, Answer) or message.batch in self.stage.evaluating
 
     def _check_agreement(self, theirs: Agreed) -> None:
         if not torch.equal(theirs.x, self.agreement.x):
@@ -139,7 +153,6 @@ class Keeper(Worker):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        self._attend(message)  # what was under way is answered before something new is
         downwards = isinstance(message, (Activation, Evaluation, Checkpoint))
         if isinstance(message, Report) and message.final:
             self.final_reports[message.stage] = message
@@ -159,29 +172,25 @@ class Keeper(Worker):
 
     # -- neighbours --------------------------------------------------------------------------------------------
 
-    def _attend(self, unsent: Message | None = None) -> None:
-        """What the links have told. unsent: counts as one of those under way already, and is not."""
+    def _attend(self) -> None:
+        """What the links have told."""
         while self.links.events:
             side, event = self.links.events.popleft()
             if isinstance(event, Gone):
-                self._gone(side, event.why, unsent)
+                self._gone(side, event.why)
             elif self.links.up(side):
                 self._back(side)
 
-    def _gone(self, side: Side, why: str, unsent: Message | None) -> None:
+    def _gone(self, side: Side, why: str) -> None:
         stage = self.index + (1 if side is Side.NEXT else -1)
-        own = unsent.batch if isinstance(unsent, Activation) else 0
-        waiting = sorted(set(self.stage.pending) - {own}) if side is Side.NEXT else []
+        waiting = sorted(self.stage.pending) if side is Side.NEXT else []
         self.ledger.gone(stage, why, waiting)
         if side is Side.PREVIOUS:
             self.say(f"{why}; waiting for it, for at most {self.patience:g} s (service.patience)")
             return
         self.alone = 0
-        own = unsent.batch if isinstance(unsent, Evaluation) else 0
-        asked = sorted(self.stage.evaluating - {own})
-        made = {(type(answer), answer.batch) for answer in self.answers if isinstance(answer, (Gradient, Answer))}
-        self.answers.extend(Gradient(batch, None) for batch in waiting if (Gradient, batch) not in made)
-        self.answers.extend(Answer(number, LOST) for number in asked if (Answer, number) not in made)
+        self.answers.extend(Gradient(batch, None) for batch in waiting)
+        self.answers.extend(Answer(number, LOST) for number in sorted(self.stage.evaluating))
         self.say(f"{why}; going on alone for {self.unguided} batches (service.unguided_batches), then waiting for it")
 
     def _back(self, side: Side) -> None:

@@ -5,7 +5,7 @@ before ──► stage 1 of 3 ──► behind       FakeLinks: the same ends as
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -38,6 +38,7 @@ class FakeLinks(Watched):
         super().__init__(*arguments)
         self.events: deque[tuple[Side, Event]] = deque()
         self.there = dict.fromkeys(Side, True)
+        self.dropped: Counter[str] = Counter()
 
     def up(self, side: Side) -> bool:
         return self.there[side]
@@ -172,29 +173,63 @@ def test_what_was_under_way_is_answered_when_the_next_stage_goes(stand: Callable
     assert one.keeper.metrics.skipped == {"no gradient came": 2}
 
 
-def test_a_batch_that_is_about_to_be_sent_is_answered_once(stand: Callable[[int], Stand]) -> None:
-    """The neighbour went, and was back, while its activation was computed: the stage counts it as under way already."""
+def test_a_batch_whose_sending_shows_that_the_next_stage_is_gone_is_answered_once(
+    stand: Callable[[int], Stand],
+) -> None:
+    one = stand(100)
+
+    def before_send(side: Side, message: Message) -> None:
+        if isinstance(message, Activation) and message.batch == 2:
+            one.links.goes(side)
+
+    one.links.before_send = before_send
+    one.previous(*batches(1, 2))
+    one.turn(8)
+    assert one.trained() == [1, 2] and one.alone() == []
+    assert ("gone", 2, "it is gone", [1, 2]) in one.book.lines
+    assert one.keeper.stage.in_flight == 0 and one.keeper.metrics.skipped == {"no gradient came": 2}
+
+
+def test_an_answer_to_what_another_process_asked_is_dropped(stand: Callable[[int], Stand]) -> None:
+    """The next stage answers late, and over the new connection, what the one before this start had sent it."""
+    one = stand(100)
+    one.next(gradient(40), Answer(3, torch.zeros(4)))
+    one.previous(*batches(41, 41))
+    one.turn(6)
+    assert one.links.dropped == {"an answer to what an older connection brought": 2}
+    assert one.trained() == [41]
+
+
+def blinks(one: Stand) -> None:
+    """The next stage goes and comes in the middle of the next receive, which hands out a message all the same."""
+
+    def blink() -> None:
+        one.links.before_receive = lambda: None
+        one.links.goes(Side.NEXT)
+        one.links.comes(Side.NEXT)
+
+    one.links.before_receive = blink
+
+
+def test_a_gradient_that_comes_after_all_is_taken(stand: Callable[[int], Stand]) -> None:
     one = stand(100)
     one.previous(*batches(1, 1))
     one.turn(2)
-    one.previous(*batches(2, 2))
-    handle = one.keeper.stage.handle
+    one.next(gradient(1))
+    blinks(one)
+    one.turn(4)
+    assert one.keeper.stage.in_flight == 0 and one.keeper.metrics.skipped == {}
 
-    def slowly(message: Message) -> Iterator[Message]:
-        for out in handle(message):
-            if isinstance(out, Activation):
-                one.links.goes(Side.NEXT)
-                one.links.comes(Side.NEXT)
-            yield out
 
-    one.keeper.stage.handle = slowly  # type: ignore[method-assign]
+def test_what_goes_over_the_new_connection_stands_behind_the_agreement_and_is_not_lost(
+    stand: Callable[[int], Stand],
+) -> None:
+    one = stand(100)
+    one.previous(*batches(1, 1))
+    blinks(one)
     one.turn(2)
-    one.keeper.stage.handle = handle  # type: ignore[method-assign]
-    assert one.links.log.count("to next: Activation 2") == 1
-    assert ("gone", 2, "it is gone", [1]) in one.book.lines  # 2 was not sent before it went
-    one.next(gradient(2))
-    one.turn(6)
-    assert one.keeper.stage.in_flight == 0
+    assert [line for line in one.links.log if "to next" in line] == ["to next: Agreed", "to next: Activation 1"]
+    assert ("gone", 2, "it is gone", []) in one.book.lines and one.keeper.stage.in_flight == 1
 
 
 def test_an_evaluation_under_way_is_answered_as_lost(stand: Callable[[int], Stand]) -> None:
