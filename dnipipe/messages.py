@@ -18,7 +18,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 @dataclass(frozen=True, eq=False)

@@ -170,9 +170,9 @@ class ZmqTransport:
         Raises MessageError for what is no message, and PeerLost if messages before this one are missing.
         """
         edges = [self._edges[side] for side in sides]
-        deadline = time.monotonic() + timeout
         poller = self._poller(sides)
         ready = dict(poller.poll(0))  # one call into zmq asks all sockets and monitors
+        deadline = None
         while not self._was_woken():
             for side, edge in zip(sides, edges, strict=True):
                 message = self._take(edge) if edge.kept or edge.socket in ready else None
@@ -183,6 +183,7 @@ class ZmqTransport:
                     edge.watch()
             if not self._sound(edges):  # after _take: what came before the end has been handed out
                 break
+            deadline = deadline or time.monotonic() + timeout  # what is there already needs none
             left = deadline - time.monotonic()
             if left <= 0:
                 break
