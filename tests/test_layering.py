@@ -122,13 +122,14 @@ def test_nobody_imports_upwards() -> None:
 def test_benchmarks_see_the_settings_and_the_command_line() -> None:
     """A cell is what a person can type; so what runs it needs nothing else of the package. And a trace may be drawn.
 
-    But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of.
+    But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of; and
+    benchmarks/transport measures transports.
     """
     allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
-    parts = allowed | {f"dnipipe.{name}" for name in ("building", "data", "models", "optim", "process")}
+    parts = {"throughput": ("building", "data", "models", "optim", "process"), "transport": ("messages", "transport")}
     folder = PACKAGE.parent / "benchmarks"
     for path in folder.rglob("*.py"):
-        known = tuple(parts if path.parent.name == "throughput" else allowed)
+        known = (*allowed, *(f"dnipipe.{name}" for name in parts.get(path.parent.name, ())))
         assert not [name for name in imports(path) if name.startswith("dnipipe.") and not name.startswith(known)], path
 
 
