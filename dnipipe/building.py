@@ -214,4 +214,4 @@ def wired(settings: Config, plan: Plan, index: int, transport: Transport) -> Tra
         return transport
     edges = {Side.PREVIOUS: index - 1, Side.NEXT: index}
     dtypes = {side: getattr(torch, plan.h(k)[0]) for side, k in edges.items() if 0 <= k < plan.stages - 1}
-    return Wire(transport, settings.wire, dtypes)
+    return Wire(transport, settings.wire, dtypes, settings.train.seed)

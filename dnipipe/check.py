@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -58,7 +59,9 @@ def _edge(wire: WireSettings, plan: Plan, k: int) -> str:
     if wire == WireSettings():
         return f"{edge} a batch each way"
     few = f", one in {wire.gradient_every}" if wire.gradient_every > 1 else ""
-    down, up = (_travels(way, *plan.h(k)) for way in (wire.activations, wire.gradients))
+    dtype, (samples, *shape) = plan.h(k)
+    some = math.ceil(wire.gradient_rows * samples)
+    down, up = (_travels(way, dtype, (n, *shape)) for way, n in ((wire.activations, samples), (wire.gradients, some)))
     return f"{edge} a batch in a stage; on the wire activations {down}, gradients {up}{few}"
 
 

@@ -94,6 +94,7 @@ class Gradient:
     g: Tensor | None  # (B, D...) d(mean loss over the batch)/d(element of h); None: none was made for this batch
     starved: bool = False  # the sender had been idle, waiting for this very activation
     scale: Tensor | None = None  # (B, ..., 1) of g's rows, as in Activation
+    samples: Tensor | None = None  # (n,) int64: g (n, D...) is of these samples only, and of their mean loss
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,11 @@ def reseed(*what: object) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
+def generator(*what: object) -> torch.Generator:
+    """One of its own, on the CPU, where (what…) decides; torch's own generators stay where they are."""
+    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, what)).encode()))
+
+
 def chance(probability: float, *what: object) -> bool:
     """True with this probability, as (what…) alone decides; torch's generators stay where they are.
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -40,26 +39,10 @@ from dnipipe.last_stage import score
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
+from dnipipe.pending import Pending, Target
 from dnipipe.predictors import Loss
 from dnipipe.randomness import reseed
 from dnipipe.stash import Graphs, Stash
-
-
-@dataclass(frozen=True, eq=False)
-class Pending:
-    """A batch that lacks its gradient: data, and a graph only on weights that nothing changes."""
-
-    x: Tensor | None  # the input (B, D...), if a backward is still to come
-    h: Tensor  # the output (B, D...), detached
-    y: Tensor
-    predicted: Tensor | None  # ĝ, if the rule made one
-    back: Tensor | None  # J^T ĝ, like x, if the stage before is sent it with what will mend it
-    updated: bool  # the stage has already stepped on this batch
-    skipped: bool  # and this one never will
-    answered: bool  # the stage before already has its Gradient
-    updates: int  # how many updates the stage had made when it sent h
-    stash: Stash | None  # the weights with which it went through, if the rule wants its gradient there
-    graph: Tensor | None  # h again, with its graph on those weights and x; None: the forward will be run again
 
 
 class Stage:
@@ -183,15 +166,16 @@ class Stage:
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
         batch, g = message.batch, message.g if message.g is None else message.g.to(self.device)
         pending = self.pending.pop(batch, None)  # 6
-        if pending is None or (g is not None and g.shape != pending.h.shape):
+        of = pending and Target.of(pending, message.samples)
+        if pending is None or of is None or (g is not None and g.shape != of.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
         self.graphs.kept -= pending.graph is not None
         rule = self.rule.at(batch)
         late = self.late = self.updates - pending.updates
         if g is not None:
-            self.metrics.received(pending.predicted, g, late)
+            self.metrics.received(of.predicted, g, late)
         with self.metrics.clock.span("predictor"):
-            use = rule.arrived(batch, pending.h, pending.y, g, pending.predicted)  # 7
+            use = rule.arrived(batch, of.h, of.y, g, of.predicted)  # 7
         if isinstance(use, Mend):
             yield from self._mend(batch, pending, use)  # 8
         elif use and (use.update or self.index > 0):

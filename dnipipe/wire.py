@@ -12,12 +12,16 @@ overflows, and gradients, which a mean over many loss terms makes small, do not 
 an infinity arrives as NaN throughout, so that it is noticed; in bfloat16 each stays what it was. A row whose largest is
 below 1e-33 may arrive as zeros; one of float64 beyond float32's range as NaN, or in bfloat16 as infinities.
 
+Of a gradient that only teaches, a share of the samples may be all that travels: drawn by seed and batch, and named in
+its message. What the receiver learns from is exactly those.
+
 Only the activations and gradients of training are rounded. Labels, inputs and answers are not, nor tensors of whole
 numbers or no larger than the form, nor evaluations: they measure the model that is exported.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -28,6 +32,7 @@ from torch import Tensor
 from dnipipe.config import WireSettings
 from dnipipe.errors import MessageError
 from dnipipe.messages import Activation, Gradient, Message
+from dnipipe.randomness import generator
 from dnipipe.transport import AT_EASE, Side, Transport
 
 
@@ -95,17 +100,31 @@ def _scales(shape: torch.Size) -> torch.Size:
     return torch.Size([*shape[:-1], 1]) if shape else shape
 
 
+def some(g: Tensor, share: float, seed: int, batch: int) -> tuple[Tensor, Tensor | None]:
+    """A share of the samples of g (B, D...): (n, D...), of the mean loss over these n, and which (n,) they are."""
+    samples = g.shape[0]
+    taken = math.ceil(share * samples)
+    if taken == samples:
+        return g, None
+    chosen = torch.randperm(samples, generator=generator(seed, "gradient", batch))[:taken].sort().values
+    return g.detach()[chosen.to(g.device)] * (samples / taken), chosen
+
+
 class Wire:
     """A Transport (see there) that rounds what its owner sends, and restores what it receives.
 
     Args:
         inner: what carries the messages.
-        settings: the forms, and which gradients are carried at all.
+        settings: the forms, and which gradients are carried at all, and how much of them.
         dtypes: of the tensors on each of the stage's edges, as the stages on both of its ends have them.
+        seed: decides, with the batch, which samples' gradients are carried.
     """
 
-    def __init__(self, inner: Transport, settings: WireSettings, dtypes: Mapping[Side, torch.dtype]) -> None:
-        self.inner, self.dtypes, self.every = inner, dtypes, settings.gradient_every
+    def __init__(
+        self, inner: Transport, settings: WireSettings, dtypes: Mapping[Side, torch.dtype], seed: int = 0
+    ) -> None:
+        self.inner, self.dtypes, self.seed = inner, dtypes, seed
+        self.every, self.rows = settings.gradient_every, settings.gradient_rows
         self._activations = {side: form_of(settings.activations, dtype) for side, dtype in dtypes.items()}
         self._gradients = {side: form_of(settings.gradients, dtype) for side, dtype in dtypes.items()}
 
@@ -119,9 +138,11 @@ class Wire:
         if isinstance(message, Gradient) and message.g is not None:
             if message.batch % self.every:
                 return replace(message, g=None)
+            g, scale = message.g, None
+            g, samples = some(g, self.rows, self.seed, message.batch) if self.rows < 1 else (g, None)
             if form := self._gradients[side]:
-                g, scale = pack(message.g, form)
-                return replace(message, g=g, scale=scale)
+                g, scale = pack(g, form)
+            return replace(message, g=g, scale=scale, samples=samples)
         return message
 
     def receive(
@@ -147,4 +168,4 @@ class Wire:
         self.inner.close()
 
 
-__all__ = ["FORMS", "Form", "Wire", "form_of", "pack", "unpack"]
+__all__ = ["FORMS", "Form", "Wire", "form_of", "pack", "some", "unpack"]

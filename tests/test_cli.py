@@ -32,6 +32,13 @@ def test_check_shows_what_an_edge_carries_if_that_is_less(capsys: pytest.Capture
     assert shown.count(f"float32 [8, 16, 16], 8 KiB a batch in a stage; {less}") == 3
 
 
+def test_check_shows_what_a_share_of_a_gradient_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"rule__name": "synthetic", "wire__gradients": "int8", "wire__gradient_rows": 0.3}
+    assert cli.main(["check", *words(pipeline__boundaries="2,3,4", **few)]) == 0
+    less = "on the wire activations as they are 8 KiB, gradients int8 0.9375 KiB"  # 3 of 8 samples: 3·16·16 + 4·3·16
+    assert capsys.readouterr().out.count(less) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words", "settings"),
     [

@@ -141,6 +141,21 @@ def test_the_embedded_default_is_valid() -> None:
             ["--rule.name", "synthetic", "--rule.warmup", "9", "--wire.gradient_every", "2"],
             "wire.gradient_every = 2 with rule.warmup_rule = wait: it applies each gradient meanwhile; use",
         ),
+        (
+            ["--rule.name", "blend", "--wire.gradient_rows", "0.5"],
+            "wire.gradient_rows = 0.5 with rule.name = blend: it does not only learn from gradients; leave",
+        ),
+        (
+            ["--rule.name", "synthetic", "--rule.bp_lambda", "0.5", "--wire.gradient_rows", "0.5"],
+            "wire.gradient_rows = 0.5 with rule.bp_lambda = 0.5: a gradient that goes on to the stage before",
+        ),
+        (
+            [
+                *["--rule.name", "synthetic", "--rule.warmup", "9", "--rule.warmup_rule", "zero"],
+                *["--wire.gradient_rows", "0.5"],
+            ],
+            "wire.gradient_rows = 0.5 with rule.warmup_rule = zero: meanwhile each gradient goes on",
+        ),
         (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
         (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
         (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),

@@ -118,6 +118,15 @@ def test_each_fifth_gradient_only_teaches(tmp_path: Path) -> None:
     assert told["stage"][-1]["skipped"] == 0
 
 
+def test_a_quarter_of_each_gradient_teaches_alike_in_every_run(tmp_path: Path) -> None:
+    wire = {"rule__name": "synthetic", "wire__gradient_rows": 0.25, "transport__delay": 2}
+    told = [train(tmp_path / name, **wire) for name in ("a", "b")]
+    assert same(checkpoint.weights(tmp_path / "a"), checkpoint.weights(tmp_path / "b"))
+    assert all(stage["at_once"] == 1.0 and not stage["reasons"] for one in told for stage in one["stage"][:-1])
+    train(tmp_path / "whole", rule__name="synthetic", transport__delay=2)
+    assert not same(checkpoint.weights(tmp_path / "a"), checkpoint.weights(tmp_path / "whole"))
+
+
 def test_a_run_is_cut_and_resumed(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(whole, rule__name="wait")

@@ -388,3 +388,27 @@ def test_a_message_that_does_not_belong_here_is_refused() -> None:
     ):
         with pytest.raises(MessageError):
             list(stages[0].handle(message))  # type: ignore[arg-type]
+
+
+def test_of_a_gradient_of_some_samples_exactly_those_are_learnt_from() -> None:
+    """In the unit of a batch of so many: as Learner takes a part of a whole one (predictor.rows)."""
+    told: list[Tensor] = []
+    for rows, samples in ((0.5, None), (1.0, torch.tensor([0, 1, 2]))):
+        learner = Learner(Fixed(1.0), 1e-3, rows=rows)
+        stage = make_stages(layers(), lambda k: Synthetic(learner), SGD)[0]
+        (x, y), *_ = blobs(1, size=6)
+        list(stage.handle(Activation(1, x, y)))
+        g = torch.arange(72.0).reshape(6, 12)
+        list(stage.handle(Gradient(1, g if samples is None else g[samples] * 2, samples=samples)))
+        assert isinstance(learner.predictor, Fixed)
+        told += learner.predictor.taught
+    assert told[0].shape == (3, 12) and torch.equal(told[0], told[1])
+
+
+@pytest.mark.parametrize("samples", [[0, 6], [-1, 2], [], [0, 1, 2], [0.0, 1.0]], ids=str)
+def test_samples_that_the_batch_does_not_have_are_refused(samples: list[float]) -> None:
+    stage = make_stages(layers(), lambda k: Synthetic(fixed()), SGD)[0]
+    (x, y), *_ = blobs(1, size=6)
+    list(stage.handle(Activation(1, x, y)))
+    with pytest.raises(MessageError, match="did not ask for this gradient of batch 1"):
+        list(stage.handle(Gradient(1, torch.zeros(2, 12), samples=torch.tensor(samples))))

@@ -19,7 +19,7 @@ from dnipipe.errors import MessageError
 from dnipipe.messages import Activation, Answer, Evaluation, Gradient, Input, Message
 from dnipipe.transport import Side
 from dnipipe.transport.local import LocalTransport, pipeline
-from dnipipe.wire import FORMS, Wire, form_of, pack, unpack
+from dnipipe.wire import FORMS, Wire, form_of, pack, some, unpack
 
 Y = torch.tensor([1, 0, 2])
 SHAPES = [(), (1,), (7,), (0,), (3, 0), (0, 3), (3, 0, 2), (4, 5), (2, 3, 16), (2, 1, 3, 5)]
@@ -172,6 +172,28 @@ def test_each_third_gradient_is_carried_and_the_others_are_answers_nonetheless()
     got = [take(a, Side.NEXT) for _ in range(7)]
     assert [message.g is not None for message in got] == [False, False, True, False, False, True, False]
     assert [message.starved for message in got] == [True] + [False] * 6
+
+
+@pytest.mark.parametrize("form", ["as is", "int8"])
+@pytest.mark.parametrize(("share", "taken"), [(0.25, 2), (0.01, 1), (0.9, 8)])
+def test_a_share_of_the_samples_is_carried_the_same_wherever_it_is_drawn(form: str, share: float, taken: int) -> None:
+    """In the unit of a batch of so many; all of them within some batches."""
+    g = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(4))
+    seen: set[int] = set()
+    for batch in range(1, 200):
+        a, b, *_ = pair(gradients=form, gradient_rows=share)
+        b.send(Side.PREVIOUS, Gradient(batch, g, starved=True))
+        got = take(a, Side.NEXT)
+        if taken == 8:
+            assert got.samples is None and got.g.shape == g.shape
+            continue
+        assert (
+            got.starved and got.g.shape == (taken, 3, 4) and got.samples.tolist() == sorted(set(got.samples.tolist()))
+        )
+        torch.testing.assert_close(got.g, g[got.samples] * (8 / taken), rtol=0, atol=0 if form == "as is" else 0.2)
+        assert torch.equal(got.samples, some(g, share, 0, batch)[1])  # type: ignore[arg-type]
+        seen |= set(got.samples.tolist())
+    assert seen == (set(range(8)) if taken < 8 else set())
 
 
 BYTES, ONES = torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1)

@@ -90,20 +90,32 @@ class Config:
 
     def _check_wire(self) -> None:
         """Only what teaches may be left out: a gradient that would be applied is needed for each batch."""
-        rule, every = self.rule, self.wire.gradient_every
+        rule, wire, default = self.rule, self.wire, WireSettings()
         names = {name for _, name in phases(rule)}
-        if every == 1:
-            return
-        if names & {"blend", "delayed", "wait"} or "synthetic" not in names:
-            then = f" and rule.then = {rule.then}" if rule.then else ""
+        for key in ("gradient_every", "gradient_rows"):
+            value, usual = getattr(wire, key), getattr(default, key)
+            if value == usual:
+                continue
+            if names & {"blend", "delayed", "wait"} or "synthetic" not in names:
+                then = f" and rule.then = {rule.then}" if rule.then else ""
+                raise ConfigError(
+                    f"wire.{key} = {value} with rule.name = {rule.name}{then}: it does not only learn from "
+                    f"gradients; leave wire.{key} at {usual}, or use rule.name = synthetic"
+                )
+            if rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+                raise ConfigError(
+                    f"wire.{key} = {value} with rule.warmup_rule = wait: it applies each gradient meanwhile; use "
+                    "rule.warmup_rule = zero, local or scale"
+                )
+        if wire.gradient_rows < 1 and rule.bp_lambda > 0:
             raise ConfigError(
-                f"wire.gradient_every = {every} with rule.name = {rule.name}{then}: it does not only learn from "
-                "gradients; leave wire.gradient_every at 1, or use rule.name = synthetic"
+                f"wire.gradient_rows = {wire.gradient_rows} with rule.bp_lambda = {rule.bp_lambda}: a gradient that "
+                "goes on to the stage before is needed whole; use rule.bp_lambda = 0"
             )
-        if rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+        if wire.gradient_rows < 1 and rule.warmup_rule == "zero" and (rule.warmup or rule.trust > -1):
             raise ConfigError(
-                f"wire.gradient_every = {every} with rule.warmup_rule = wait: it applies each gradient meanwhile; use "
-                "rule.warmup_rule = zero, local or scale"
+                f"wire.gradient_rows = {wire.gradient_rows} with rule.warmup_rule = zero: meanwhile each gradient goes "
+                "on to the stage before, whole; use rule.warmup_rule = local or scale"
             )
 
     def _check_sync(self) -> None:
