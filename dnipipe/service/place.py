@@ -83,6 +83,10 @@ def check(config: Config, index: int) -> None:
             f"service.addresses = {list(addresses)} with pipeline.stages = {stages}: give {stages - 1} different "
             "HOST:PORT, one for each stage but the last, where it listens for the stage behind it"
         )
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not address.startswith("/") and not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ConfigError(f"service.addresses: {address!r} is neither HOST:PORT nor the path of a socket file")
     if config.transport.kind != "zmq":
         raise ConfigError(f"transport.kind = {config.transport.kind}: independent stages need transport.kind = zmq")
     if config.rule.name == "sync" or config.rule.forward_unlock:
