@@ -68,7 +68,7 @@ class Keeper(Worker):
         unguided: int,
         patience: float,
         silence: float,
-        save_own: Callable[[], None],
+        save_own: Callable[[], object],
         save_every: float,
         alive: Callable[[], None],
         say: Callable[[str], None],
@@ -208,6 +208,13 @@ class Keeper(Worker):
                 self.links.send(side, report)
 
     # -- limits ------------------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        """A stage goes on without its metrics, if the disk does not take them."""
+        try:
+            super()._report()
+        except OSError as error:
+            self.say(f"metrics are not written: {error.strerror}")
 
     def _tick(self) -> None:
         super()._tick()

@@ -10,39 +10,48 @@
                                                to it behind 90 is lost; null where the stage before is meant
     {"end": 600}                               the run's last batch has passed
 
-One line a batch, handed to the kernel before the batch is begun: what the process did is known however it ends.
+One line a batch, handed to the kernel before the batch is begun: what the process did is known however it ends. A
+process that was replaced writes nothing more: it finds a line that is not its own, and ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dnipipe.errors import TraceError
+from dnipipe.errors import Replaced, RunError, TraceError
 
 NAME = "ledger.jsonl"
 
 
 class Ledger:
-    """Where one stage writes. `last` is the highest id that it ever began, in any start."""
+    """Where one stage writes. `last` is the highest id that it ever began, in any start.
 
-    def __init__(self, path: Path) -> None:
-        self.last = read(path).last if path.exists() else 0
+    Args:
+        path: the file; made if it is not there. incarnation: which start of the stage this is.
+        begin: it goes on from its state behind this batch.
+    """
+
+    def __init__(self, path: Path, incarnation: int, begin: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def started(self, incarnation: int, begin: int) -> None:
-        """The stage goes on from its state behind batch `begin`."""
-        self._write({"start": incarnation, "from": begin, "before": self.last, "time": time.time()})
+        self.path, self.incarnation = path, incarnation
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with self._alone(RunError):  # an older process cannot write between what is read here and the first line
+            _mend(self._file)
+            self.last = read(path).last
+            self._size = os.fstat(self._file).st_size
+            self._append({"start": incarnation, "from": begin, "before": self.last, "time": time.time()})
 
     def begun(self, batch: int) -> None:
-        self.last = batch
         self._write({"begun": batch, "time": round(time.time(), 3)})
+        self.last = batch
 
     def alone(self, batch: int) -> None:
         self._write({"alone": batch})
@@ -60,10 +69,45 @@ class Ledger:
         self._write({"end": self.last})
 
     def _write(self, line: dict[str, Any]) -> None:
-        os.write(self._file, json.dumps(line).encode() + b"\n")  # one call a line, unbuffered
+        """Raises Replaced if another process has written since, RunError if the line cannot be written."""
+        with self._alone(Replaced):
+            if os.fstat(self._file).st_size != self._size:
+                raise Replaced(f"a newer process writes {self.path}: incarnation {self.incarnation} of the stage ends")
+            self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            written = os.write(self._file, data)  # one call a line, unbuffered
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}; nothing is trained unwritten") from error
+        if written < len(data):
+            os.ftruncate(self._file, self._size)
+            raise RunError(f"cannot write {self.path}: no room for a whole line; nothing is trained unwritten")
+        self._size += written
+
+    @contextmanager
+    def _alone(self, otherwise: type[RunError]) -> Iterator[None]:
+        """No other process writes meanwhile. Raises `otherwise` if one does: it might hang, and is not waited for."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise otherwise(f"another process writes {self.path} at this moment: this one ends") from None
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _mend(file: int) -> None:
+    """Take away what follows the last whole line: what it was to say was not begun."""
+    size = os.fstat(file).st_size
+    whole = os.pread(file, size, 0).rfind(b"\n") + 1
+    if whole < size:
+        os.ftruncate(file, whole)
 
 
 @dataclass

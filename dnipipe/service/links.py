@@ -33,6 +33,7 @@ from dnipipe.transport.edge import Edge
 from dnipipe.transport.zmq import ZmqTransport
 
 RECENT = 100  # silences of a neighbour that are remembered
+GRACE = 0.05  # seconds, over tcp too: a new connection is a new bond in any case, so there is nothing to wait for
 AGAIN = 1.0  # seconds between two Links to a neighbour that is connected and has not answered
 GREETING = "link"  # the token of a Link; every other message carries its connection's
 
@@ -99,6 +100,11 @@ class Links(ZmqTransport):
         self.last = 0  # the last batch id that this stage trained, kept by its owner
         self.events: deque[tuple[Side, Event]] = deque()
         self._bonds = {side: _Bond(k) for side, k in neighbours.items() if 0 <= k < stages}
+
+    def _open(self, side: Side, address: str) -> Edge:
+        edge = super()._open(side, address)
+        edge.grace = GRACE
+        return edge
 
     # -- neighbours --------------------------------------------------------------------------------------------
 

@@ -8,16 +8,20 @@ RUN/stage-K/start.json      how often it was started, and what it is part of (th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dnipipe.config import Config
-from dnipipe.errors import CheckpointError, ConfigError
+from dnipipe.errors import CheckpointError, ConfigError, Replaced, RunError
+
+START = "start.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,8 @@ class Place:
         folder = run / f"stage-{stage}"
         folder.mkdir(parents=True, exist_ok=True)
         before: dict[str, Any] = {"incarnation": 0, "agreement": ""}
-        if (folder / "start.json").exists():
-            try:
-                before |= json.loads((folder / "start.json").read_text())
-            except ValueError as error:
-                raise CheckpointError(f"{folder / 'start.json'} is damaged ({error}): remove {folder}") from None
+        if (folder / START).exists():
+            before = cls._read(folder)
         place = cls(folder, int(before["incarnation"]) + 1, str(before["agreement"]))
         place._write()
         return place
@@ -53,14 +54,41 @@ class Place:
         place._write()
         return place
 
-    def _write(self) -> None:
-        path = self.folder / "start.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"incarnation": self.incarnation, "agreement": self.agreement}))
-        os.replace(temporary, path)
+    def check(self) -> None:
+        """Raises Replaced if the stage was started again since: its folder is the newer process's."""
+        newest = int(self._read(self.folder)["incarnation"])
+        if newest != self.incarnation:
+            stage = self.folder.name.replace("-", " ")
+            raise Replaced(f"{stage}, incarnation {self.incarnation}, ends: {newest} has taken its place")
 
     def touch(self) -> None:
         (self.folder / "alive").touch()
+
+    def _write(self) -> None:
+        path = self.folder / START
+        temporary = path.with_suffix(".tmp")
+        note = {"incarnation": self.incarnation, "agreement": self.agreement}
+        try:
+            temporary.write_text(json.dumps({**note, "crc32": _checksum(note)}))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+    @staticmethod
+    def _read(folder: Path) -> dict[str, Any]:
+        try:
+            note: dict[str, Any] = json.loads((folder / START).read_text())
+            if note.pop("crc32") != _checksum(note):
+                raise ValueError("its checksum does not fit")
+            return note
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder / START} is damaged ({error}): to begin the stage anew, remove {folder}"
+            ) from None
+
+
+def _checksum(note: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
 
 
 def unhealthy(run: Path, stage: int, limit: float) -> str:
@@ -117,4 +145,21 @@ def own_endpoint(address: str, chosen: str) -> str:
     return f"tcp://{found}:{port}"
 
 
-__all__ = ["Place", "check", "endpoint", "own_endpoint", "unhealthy"]
+def check_free(endpoint: str) -> None:
+    """Raises RunError if somebody listens there already; an older process of this stage does until it has ended."""
+    if not endpoint.startswith("tcp://"):
+        return
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as zmq binds
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise RunError(
+                    f"{endpoint} is taken: an older process of this stage ends in a moment; if it is another program, "
+                    "mend service.addresses"
+                ) from None
+
+
+__all__ = ["START", "Place", "check", "check_free", "endpoint", "own_endpoint", "unhealthy"]

@@ -7,6 +7,7 @@ serve(job, k):  its folder ─► listen, connect ─► the agreement: its own,
 from __future__ import annotations
 
 import faulthandler
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from dnipipe.metrics import StageMetrics
 from dnipipe.service.keeper import AskedToEnd, Keeper
 from dnipipe.service.ledger import NAME, Ledger
 from dnipipe.service.links import Links, Up
-from dnipipe.service.place import Place, check, endpoint, own_endpoint
+from dnipipe.service.place import Place, check, check_free, endpoint, own_endpoint
 from dnipipe.service.script import PatientHead
 from dnipipe.session import Agreement, agree, conclude, head_of, interruptible, worker_of
 from dnipipe.stage import Stage
@@ -65,11 +66,9 @@ def _serve(job: Job, index: int) -> Path:
         check_settings(shared_settings(settings), agreed.settings, f"stage {index}", "the run that it belongs to")
         links.run_id = agreed.run_id
         check_model(model, agreed.plan, index)
-        ledger = Ledger(place.folder / NAME)
-        stack.callback(ledger.close)
         stage = build_stage(job, model, agreed.plan, index, agreed.total, StageMetrics(index, agreed.plan.stages))
-        begun = _restore(stage, agreed, place)
-        ledger.started(place.incarnation, begun)
+        ledger = Ledger(place.folder / NAME, place.incarnation, _restore(stage, agreed, place))
+        stack.callback(ledger.close)
         links.last = stage.last_batch = ledger.last
         if not stage.last and (index == 0 or place.incarnation == 1):
             known = _wait(links, Side.NEXT, settings.service.patience)
@@ -83,8 +82,8 @@ def _serve(job: Job, index: int) -> Path:
             with interruptible(worker):
                 worker.run()
         except AskedToEnd:
-            _save(stage, agreed, place)
-            _say(index, f"asked to end: saved at batch {stage.last_batch}, ends; the others go on without it")
+            saved = "saved" if _save(stage, agreed, place) else "not saved"
+            _say(index, f"asked to end: {saved} at batch {stage.last_batch}, ends; the others go on without it")
             return run
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -123,6 +122,7 @@ class _Watch:
         now = time.monotonic()
         if now >= self._next:
             self._next = now + min(1.0, self.hung / 4)
+            self.place.check()
             self.place.touch()
             faulthandler.dump_traceback_later(self.hung, exit=True)
 
@@ -134,12 +134,25 @@ def _say(stage: int, line: str) -> None:
 # -- its state ---------------------------------------------------------------------------------------------------
 
 
-def _save(stage: Stage, agreed: Agreement, place: Place) -> None:
-    """The stage as it is now: a run of one stage, in its own folder."""
+def _save(stage: Stage, agreed: Agreement, place: Place) -> bool:
+    """The stage as it is now: a run of one stage, in its own folder. False, and told, if the disk does not take it.
+
+    Raises Replaced: the states there are a newer process's.
+    """
+    place.check()
     batch = stage.last_batch
-    if batch and not (place.folder / "checkpoints" / f"{batch:08d}").exists():
+    folder = place.folder / "checkpoints" / f"{batch:08d}"
+    if not batch or folder.exists():
+        return True
+    try:
         checkpoint.save_part(place.folder, batch, 0, state_of(stage, agreed.plan))
         checkpoint.complete(place.folder, batch, 1, {}, KEEP)
+        return True
+    except OSError as error:
+        if not (folder / "manifest.json").exists():  # half a state would only keep the disk full
+            shutil.rmtree(folder, ignore_errors=True)
+        _say(stage.index, error.strerror or str(error))
+        return False
 
 
 def _restore(stage: Stage, agreed: Agreement, place: Place) -> int:
@@ -172,7 +185,9 @@ def _opened(settings: Config, index: int, incarnation: int) -> Iterator[Links]:
     )
     try:
         if index < len(addresses):
-            links.listen(own_endpoint(addresses[index], transport.address))
+            own = own_endpoint(addresses[index], transport.address)
+            check_free(own)
+            links.listen(own)
         if index > 0:
             links.connect(endpoint(addresses[index - 1]))
         yield links

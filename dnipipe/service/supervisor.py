@@ -1,6 +1,7 @@
 """Keeps one stage running: starts its process, and starts it again when it dies.
 
-crash, kill, hang (the process ends itself)     again, after 1, 2, 4 … 30 s; it goes on from its own state
+crash, kill, hang (the process ends itself)     again, at once; it goes on from its own state
+the same within 10 s of its start               again, after 1, 2, 4 … 30 s
 0: the run is over, or another process took its place      ends
 2: a setting must be mended                                 ends, and so does its status
 3: it waited too long for a neighbour                       ends
@@ -19,7 +20,7 @@ from types import FrameType
 
 FINAL = (0, 2, 3)
 LONGEST = 30.0  # seconds between two starts
-CALM = 60.0  # seconds that a process must have lived for the next wait to be a short one again
+CALM = 10.0  # seconds that a process must have lived to be started again at once: it does not die of its start
 
 
 class _AskedToEnd(Exception):
@@ -39,7 +40,7 @@ def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
         child.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    wait = 1.0
+    wait = 0.0
     try:
         for left in range(restarts, -1, -1):
             began = time.monotonic()
@@ -49,11 +50,11 @@ def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
             status = child.wait()
             if asked or status in FINAL:
                 return max(0, status)
-            wait = 1.0 if time.monotonic() - began > CALM else wait
+            wait = 0.0 if time.monotonic() - began > CALM else wait
             print(f"stage {stage}: {_cause(status)}; {_next(left, wait)}", file=sys.stderr, flush=True)
             if left:
                 Event().wait(wait)  # which a signal ends
-            wait = min(LONGEST, 2 * wait)
+            wait = min(LONGEST, max(1.0, 2 * wait))
         return 1
     except _AskedToEnd:
         return 0
@@ -72,7 +73,7 @@ def _cause(status: int) -> str:
 def _next(left: int, wait: float) -> str:
     if not left:
         return "not started again: service.restarts is used up"
-    return f"started again in {wait:g} s (at most {left} times more)"
+    return f"started again {f'in {wait:g} s' if wait else 'at once'} (at most {left} times more)"
 
 
 __all__ = ["supervise"]

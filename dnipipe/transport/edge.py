@@ -38,7 +38,7 @@ def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) 
         zmq.LINGER: int(1000 * linger),  # ms in which close delivers what was sent (for ever)
         zmq.HANDSHAKE_IVL: 2000,  # ms until a silent connection is closed, or strangers use up our files (30000)
         zmq.RECONNECT_IVL: 100,  # ms before the first try to connect again (100)
-        zmq.RECONNECT_IVL_MAX: 2000,  # ms, to which it doubles: a lost network is not flooded (no doubling)
+        zmq.RECONNECT_IVL_MAX: 500,  # ms, to which it doubles; who comes back is not kept waiting (no doubling)
         zmq.IMMEDIATE: 0,  # 1 would, when the neighbour closes, discard what it sent and we have not read yet (0)
         zmq.SNDTIMEO: 1000,  # ms: our calls do not wait, we poll; a mistake must not hang (for ever)
         zmq.RCVTIMEO: 1000,  # ms, likewise (for ever)
@@ -110,7 +110,7 @@ class Edge:
         self._greeted = False  # a handshake has succeeded
         self._watched = 0.0  # when the monitor was last asked
         scheme = endpoint.partition("://")[0]
-        self._grace = GRACE[scheme]
+        self.grace = GRACE[scheme]
         self.socket = context.socket(zmq.DEALER)
         for option, value in options(queue, limit, linger, scheme == "tcp", "[" in endpoint).items():
             self.socket.set(option, value)
@@ -188,7 +188,7 @@ class Edge:
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._connections.discard(descriptor)
                 if self._greeted and not self._connections and self.deadline is None:
-                    self.deadline = time.monotonic() + self._grace
+                    self.deadline = time.monotonic() + self.grace
 
     @property
     def connected(self) -> bool:

@@ -1,0 +1,194 @@
+"""Edges that outlast a neighbour, both ends in this process."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnipipe.errors import HandshakeError, Replaced
+from dnipipe.messages import Activation, Gradient, Message
+from dnipipe.service.links import Gone, Links, Up
+from dnipipe.transport import Side
+
+NEXT, PREVIOUS = Side.NEXT, Side.PREVIOUS
+LIMIT = 20.0  # seconds, for a machine that is busy
+
+
+class Pair:
+    """Stages 0 and 1, and whoever else is made; `said` is what happened to each, `got` what it received."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.made: list[Links] = []
+        self.said: dict[Links, list[Gone | Up]] = {}
+        self.got: dict[Links, list[Message]] = {}
+        self.settings = ("rule.name=local",)
+
+    def stage(self, k: int, incarnation: int = 1, run: str = "r") -> Links:
+        links = Links(k, 2, incarnation, self.settings, queue=64, timeout=LIMIT, max_message=2**20)
+        links.run_id = run
+        self.made.append(links)
+        self.said[links], self.got[links] = [], []
+        if k == 0:
+            links.listen(self.endpoint)
+        else:
+            links.connect(self.endpoint)
+        return links
+
+    def until(self, happens: Callable[[], bool], among: Sequence[Links]) -> None:
+        """Each in turn takes what comes, until that is so."""
+        end = time.monotonic() + LIMIT
+        while not happens():
+            assert time.monotonic() < end, (self.said, self.got, [links.dropped for links in among])
+            for links in among:
+                got = links.receive([side(links)], 0.01)
+                self.said[links] += [event for _, event in links.events]
+                links.events.clear()
+                if got:
+                    self.got[links].append(got[1])
+
+    def until_up(self, *among: Links) -> None:
+        self.until(lambda: all(links.up(side(links)) for links in among), among)
+
+    def ids(self, links: Links) -> list[int]:
+        return [message.batch for message in self.got[links] if isinstance(message, (Activation, Gradient))]
+
+
+def side(links: Links) -> Side:
+    return NEXT if links.stage == 0 else PREVIOUS
+
+
+def activation(batch: int) -> Activation:
+    return Activation(batch, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    made = Pair(f"tcp://127.0.0.1:{port}" if request.param == "tcp" else f"ipc://{tmp_path}/edge")
+    yield made
+    for links in made.made:
+        links.close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_they_find_one_another_in_any_order(pair: Pair, first: int) -> None:
+    one = pair.stage(first)
+    assert one.receive([side(one)], 0.2) is None
+    other = pair.stage(1 - first)
+    pair.until_up(one, other)
+    upper, lower = (one, other) if first == 0 else (other, one)
+    upper.send(NEXT, activation(1))
+    lower.send(PREVIOUS, Gradient(1, torch.ones(2, 3)))
+    pair.until(lambda: pair.ids(upper) == [1] and pair.ids(lower) == [1], [upper, lower])
+    assert [type(event) for event in pair.said[upper]] == [Up]
+
+
+def test_one_that_goes_is_missed_and_comes_back_as_another(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    lower.last = 5
+    pair.until_up(upper, lower)
+    assert upper.last_of(NEXT) == 5
+    upper.send(NEXT, activation(6))  # nobody takes it
+    lower.close()
+    pair.until(lambda: any(isinstance(event, Gone) for event in pair.said[upper]), [upper])
+    upper.send(NEXT, activation(7))
+    assert upper.dropped["Activation to stage 1, which is away"] == 1
+    again = pair.stage(1, incarnation=2)
+    again.last = 9
+    pair.until_up(upper, again)
+    assert upper.last_of(NEXT) == 9
+    upper.send(NEXT, activation(10))
+    pair.until(lambda: bool(pair.ids(again)), [upper, again])
+    assert pair.ids(again) == [10]
+
+
+def test_the_stage_before_comes_back_too(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    upper.close()
+    pair.until(lambda: any(isinstance(event, Gone) for event in pair.said[lower]), [lower])
+    if pair.endpoint.startswith("ipc"):
+        return  # a socket file that is made again is another edge's business (place.own_endpoint)
+    again = pair.stage(0, incarnation=2)
+    pair.until_up(again, lower)
+    lower.send(PREVIOUS, Gradient(3, None))
+    pair.until(lambda: pair.ids(again) == [3], [again, lower])
+
+
+def test_an_older_process_of_a_stage_is_fenced(pair: Pair) -> None:
+    upper, older = pair.stage(0), pair.stage(1, incarnation=1)
+    pair.until_up(upper, older)
+    newer = pair.stage(1, incarnation=2)
+
+    def fenced() -> bool:
+        try:
+            older.receive([PREVIOUS], 0.01)
+        except Replaced as error:
+            assert "incarnation 2 of stage 1 has taken its place" in str(error)
+            return True
+        return False
+
+    pair.until(fenced, [upper, newer])
+    older.close()
+    pair.until_up(upper, newer)
+    upper.send(NEXT, activation(1))
+    pair.until(lambda: pair.ids(newer) == [1], [upper, newer])
+
+
+def test_a_gap_ends_the_connection_and_nothing_behind_it_is_taken(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    upper.send(NEXT, activation(1))
+    upper._edges[NEXT].sent += 1  # as if the network had lost one
+    upper.send(NEXT, activation(3))
+    pair.until(lambda: any(isinstance(event, Gone) for event in pair.said[lower]), [upper, lower])
+    assert "messages of stage 0 were lost on the way" in str(pair.said[lower])
+    pair.until_up(upper, lower)
+    upper.send(NEXT, activation(4))
+    pair.until(lambda: 4 in pair.ids(lower), [upper, lower])
+    assert pair.ids(lower) == [1, 4] and lower.dropped["behind a gap"] == 1
+
+
+def test_one_that_is_given_up_is_asked_again(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    upper.give_up(NEXT, "it hangs")
+    assert not upper.up(NEXT)
+    lower.send(PREVIOUS, Gradient(1, None))  # of the connection that was given up
+    pair.until_up(upper, lower)
+    lower.send(PREVIOUS, Gradient(2, None))
+    pair.until(lambda: 2 in pair.ids(upper), [upper, lower])
+    assert pair.ids(upper) == [2] and "it hangs" in str(pair.said[upper])
+
+
+@pytest.mark.parametrize(
+    ("run", "named"), [("other", "run is '[a-z]+' there, '[a-z]+' expected here"), ("r", "rule.name")]
+)
+def test_a_stranger_is_refused_by_name(pair: Pair, run: str, named: str) -> None:
+    upper = pair.stage(0)
+    if run == "r":
+        pair.settings = ("rule.name=blend",)
+    lower = pair.stage(1, run=run)
+    with pytest.raises(HandshakeError, match=named):
+        pair.until(lambda: False, [upper, lower])
+
+
+def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    assert upper.quiet(NEXT) == 0  # it may still be building
+    lower.send(PREVIOUS, Gradient(1, None))
+    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    time.sleep(0.1)
+    assert upper.quiet(NEXT) >= 0.1
+    lower.send(PREVIOUS, Gradient(2, None))
+    pair.until(lambda: pair.ids(upper) == [1, 2], [upper, lower])
+    assert upper.longest(NEXT) >= 0.1

@@ -1,0 +1,105 @@
+"""Where a stage lives: its starts are counted, a newer process is seen, damage is refused by name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from dnipipe.config import build
+from dnipipe.errors import CheckpointError, ConfigError, Replaced, RunError
+from dnipipe.service.place import START, Place, check, check_free, endpoint, own_endpoint, unhealthy
+from dnipipe.service.supervisor import FINAL
+
+
+def test_every_start_is_counted_and_what_the_stage_is_part_of_is_kept(tmp_path: Path) -> None:
+    first = Place.taken(tmp_path, 1)
+    assert (first.folder, first.incarnation, first.agreement) == (tmp_path / "stage-1", 1, "")
+    first.joined("the agreement")
+    second = Place.taken(tmp_path, 1)
+    assert (second.incarnation, second.agreement) == (2, "the agreement")
+
+
+def test_a_process_sees_that_a_newer_one_has_its_place(tmp_path: Path) -> None:
+    older = Place.taken(tmp_path, 1)
+    older.check()
+    Place.taken(tmp_path, 2).check()  # of another stage
+    newer = Place.taken(tmp_path, 1)
+    newer.check()
+    with pytest.raises(Replaced, match="stage 1, incarnation 1, ends: 2 has taken its place"):
+        older.check()
+
+
+@pytest.mark.parametrize("change", ["cut", "flip", "other"])
+def test_a_damaged_note_is_refused_by_name(tmp_path: Path, change: str) -> None:
+    Place.taken(tmp_path, 0).joined("the agreement")
+    path = tmp_path / "stage-0" / START
+    text = path.read_bytes()
+    damaged = {"cut": text[:-9], "flip": text.replace(b": 1,", b": 3,"), "other": b"[1, 2]"}
+    path.write_bytes(damaged[change])
+    with pytest.raises(CheckpointError, match=rf"{START} is damaged .*remove .*stage-0"):
+        Place.taken(tmp_path, 0)
+
+
+def test_a_note_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Place.taken(tmp_path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(RunError, match=f"cannot write .*{START}: No space left"):
+            Place.taken(tmp_path, 0)
+    assert Place.taken(tmp_path, 0).incarnation == 2
+
+
+def test_a_stage_is_healthy_while_its_loop_goes_round(tmp_path: Path) -> None:
+    assert "has not begun" in unhealthy(tmp_path, 0, 60)
+    mine = Place.taken(tmp_path, 0)
+    mine.touch()
+    assert unhealthy(tmp_path, 0, 60) == ""
+    past = time.time() - 100
+    os.utime(mine.folder / "alive", (past, past))
+    assert "has not moved for 100 s" in unhealthy(tmp_path, 0, 60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "index", "named"),
+    [
+        ({}, 3, "--index 3 with pipeline.stages = 3"),
+        ({"service": {"addresses": ["a:1"]}}, 0, "give 2 different"),
+        ({"service": {"addresses": ["a:1", "a:1"]}}, 0, "give 2 different"),
+        ({"transport": {"kind": "local"}}, 0, "transport.kind = local"),
+        ({"rule": {"name": "sync"}}, 0, "rule.name = sync"),
+    ],
+)
+def test_what_independent_stages_cannot_run_is_refused(
+    settings: dict[str, dict[str, object]], index: int, named: str
+) -> None:
+    values = {"pipeline": {"stages": 3}, "service": {"addresses": ["a:1", "b:1"]}, **settings}
+    with pytest.raises(ConfigError, match=named):
+        check(build(values), index)
+
+
+def test_addresses_become_endpoints(tmp_path: Path) -> None:
+    assert endpoint("host:7000") == "tcp://host:7000" and endpoint("/run/edge") == "ipc:///run/edge"
+    assert own_endpoint("127.0.0.1:7000", "") == "tcp://127.0.0.1:7000"
+    assert own_endpoint("somewhere:7000", "10.0.0.1") == "tcp://10.0.0.1:7000"
+    left = tmp_path / "edge"
+    left.touch()
+    assert own_endpoint(str(left), "") == f"ipc://{left}" and not left.exists()
+    with pytest.raises(ConfigError, match=r"nowhere.invalid has no address here .* set transport.address"):
+        own_endpoint("nowhere.invalid:7000", "")
+
+
+def test_an_address_that_is_taken_is_no_mistake_of_the_settings() -> None:
+    """Its holder may be an older process of the stage, which ends: so the supervisor tries again."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(RunError, match=f"{address} is taken: .* mend service.addresses") as caught:
+            check_free(address)
+        assert caught.value.exit_status not in FINAL
+    check_free(address)
+    check_free("ipc:///nowhere/edge")

@@ -1,0 +1,58 @@
+"""A stage's own state: saved, or told that it is not; never a newer process's overwritten."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dnipipe import checkpoint
+from dnipipe.errors import Replaced
+from dnipipe.service import session
+from dnipipe.service.place import Place
+from tests.checkpoint.disk import die_at
+from tests.checkpoint.states import folders, small
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """at(batch): save stage 1, whose last batch that is."""
+    monkeypatch.setattr(session, "state_of", lambda stage, plan: small(stage.last_batch, stages=1)[0])
+    place, agreed = Place.taken(tmp_path, 1), SimpleNamespace(plan=None)
+    return lambda batch: session._save(SimpleNamespace(index=1, last_batch=batch), agreed, place)  # type: ignore[arg-type]
+
+
+def newest(run: Path) -> int:
+    return checkpoint.newest(run / "stage-1").batch
+
+
+def test_the_newest_two_states_are_kept_and_none_is_saved_twice(tmp_path: Path, at: Any) -> None:
+    assert at(0) and not (tmp_path / "stage-1" / "checkpoints").exists()  # nothing to save yet
+    for batch in (5, 9, 9, 14):
+        assert at(batch)
+    assert folders(tmp_path / "stage-1") == [9, 14]
+
+
+@pytest.mark.parametrize("step", range(1, 13))
+def test_a_disk_that_takes_no_state_is_told_and_the_stage_goes_on(
+    tmp_path: Path, at: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], step: int
+) -> None:
+    assert at(5)
+    with monkeypatch.context() as patch:
+        die_at(patch, step, OSError(errno.ENOSPC, "No space left on device"))
+        assert not at(9)
+    assert "stage 1: cannot" in (said := capfd.readouterr().err) and "No space left on device" in said
+    assert newest(tmp_path) in (5, 9)
+    assert not list(tmp_path.rglob("*.tmp")) and folders(tmp_path / "stage-1")[-1] == newest(tmp_path)  # no half one
+    assert at(14) and newest(tmp_path) == 14
+
+
+def test_a_process_that_was_replaced_saves_nothing(tmp_path: Path, at: Any) -> None:
+    assert at(5)
+    Place.taken(tmp_path, 1)
+    with pytest.raises(Replaced):
+        at(9)
+    assert folders(tmp_path / "stage-1") == [5]

@@ -1,0 +1,103 @@
+"""The supervisor: what is started again, when, and what ends it. Its stages are one-line programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dnipipe.service import supervisor
+from dnipipe.service.supervisor import supervise
+
+pytestmark = pytest.mark.processes
+
+
+class Waits:
+    """In the place of Event: the waits that were asked for, and none of them waited."""
+
+    asked: list[float]
+
+    def wait(self, seconds: float) -> None:
+        self.asked.append(seconds)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    Waits.asked = []
+    monkeypatch.setattr(supervisor, "Event", Waits)
+    return Waits.asked
+
+
+def counting(path: Path, *statuses: str) -> list[str]:
+    """A program that ends with the first of these at its first start, with the second at its second, ..."""
+    code = (
+        f"import os, pathlib, signal; path = pathlib.Path({str(path)!r}); "
+        "n = len(path.read_text()) if path.exists() else 0; path.write_text('x' * (n + 1)); "
+        f"exec({list(statuses)!r}[n])"
+    )
+    return ["-c", code]
+
+
+def starts(path: Path) -> int:
+    return len(path.read_text())
+
+
+@pytest.mark.parametrize("status", [0, 2, 3])
+def test_a_status_that_is_final_ends_it(tmp_path: Path, waits: list[float], status: int) -> None:
+    assert supervise(counting(tmp_path / "n", f"os._exit({status})"), 1, 5) == status
+    assert starts(tmp_path / "n") == 1 and waits == []
+
+
+def test_a_crash_is_started_again_at_once_and_the_next_ones_later(
+    tmp_path: Path, waits: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    dies = ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(7)", "os._exit(1)"]
+    assert supervise(counting(tmp_path / "n", *dies, "os._exit(0)"), 1, 9) == 0
+    assert starts(tmp_path / "n") == 5 and waits == [0, 1, 2, 4]
+    said = capfd.readouterr().err
+    assert "stage 1: ended with status 1; started again at once (at most 9 times more)" in said
+    assert "stage 1: killed by SIGKILL; started again in 1 s (at most 8 times more)" in said
+
+
+def test_one_that_lived_is_started_at_once_again(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "CALM", 0.0)
+    assert supervise(counting(tmp_path / "n", *["os._exit(1)"] * 4, "os._exit(0)"), 1, 9) == 0
+    assert waits == [0, 0, 0, 0]
+
+
+def test_waits_grow_to_a_limit(tmp_path: Path, waits: list[float]) -> None:
+    supervise(counting(tmp_path / "n", *["os._exit(1)"] * 9), 1, 8)
+    assert waits == [0, 1, 2, 4, 8, 16, 30, 30]
+
+
+def test_restarts_are_used_up(tmp_path: Path, waits: list[float], capfd: pytest.CaptureFixture[str]) -> None:
+    assert supervise(counting(tmp_path / "n", *["os._exit(1)"] * 3), 1, 2) == 1
+    assert starts(tmp_path / "n") == 3
+    assert "service.restarts is used up" in capfd.readouterr().err
+
+
+def test_sigterm_is_passed_on_and_nothing_stays(tmp_path: Path) -> None:
+    stage = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); " + (
+        "time.sleep(60)"
+    )
+    code = f"import sys; from dnipipe.service.supervisor import supervise; sys.exit(supervise(['-c', {stage!r}], 1, 5))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+    finally:
+        process.kill()
+        process.wait()
