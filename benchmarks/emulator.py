@@ -37,12 +37,13 @@ class Link:
 
     Args:
         delay: one way, seconds. jitter: up to so much more, uniformly; packets stay in order.
-        rate: of a host's outgoing line, bits a second; 0: no limit.
+        rate: of a host's outgoing line, bits a second; 0: no limit. loss: share of the packets that are lost.
     """
 
     delay: float = 0.0
     jitter: float = 0.0
     rate: float = 0.0
+    loss: float = 0.0
 
 
 def missing() -> str:
@@ -60,6 +61,7 @@ class Emulator:
     def __init__(self, hosts: int, link: Link | None = None) -> None:
         self.hosts, self.link = hosts, link or Link()
         self.dropped = 0  # packets that found a line's buffer full
+        self.cut: frozenset[tuple[int, int]] = frozenset()  # (from, to): no packet gets there; may be set at any time
         self._name = f"dnp{os.getpid()}"
         self._devices: list[int] = []  # file descriptors
         self._ended = threading.Event()
@@ -120,7 +122,7 @@ class Emulator:
                 source, link = sources[descriptor], self.link
                 for packet in _packets(descriptor):
                     target = hosts.get(packet[16:20])
-                    if target is None:
+                    if target is None or (source, target) in self.cut or random.random() < link.loss:
                         continue
                     leaves = now = time.monotonic()
                     if link.rate:

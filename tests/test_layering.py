@@ -123,11 +123,16 @@ def test_nobody_imports_upwards() -> None:
 def test_benchmarks_see_the_settings_and_the_command_line() -> None:
     """A cell is what a person can type; so what runs it needs nothing else of the package. And a trace may be drawn.
 
-    But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of; and
-    benchmarks/transport measures transports.
+    But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of;
+    benchmarks/transport measures transports; and benchmarks/faults reads what independent stages have written down, and
+    starts them so that they can be told to fail.
     """
     allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
-    parts = {"throughput": ("building", "data", "models", "optim", "process"), "transport": ("messages", "transport")}
+    parts = {
+        "throughput": ("building", "data", "models", "optim", "process"),
+        "transport": ("messages", "transport"),
+        "faults": ("service",),
+    }
     folder = PACKAGE.parent / "benchmarks"
     for path in folder.rglob("*.py"):
         known = (*allowed, *(f"dnipipe.{name}" for name in parts.get(path.parent.name, ())))

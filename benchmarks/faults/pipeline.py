@@ -1,0 +1,282 @@
+"""A pipeline of independent stages as processes, on which faults can be made, and what its ledgers say afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.cells import ROOT
+from benchmarks.emulator import Emulator
+from dnipipe.service import ledger
+
+CONFIG = """
+[model]
+width = 32
+heads = 2
+[data]
+limit = 400000
+batch = 16
+context = 32
+validation = 0.02
+[pipeline]
+stages = {stages}
+window = 4
+[train]
+batches = {batches}
+seed = {seed}
+[eval]
+sample = 0
+every = {evaluate}
+[checkpoint]
+every = 0
+[service]
+addresses = {addresses}
+unguided_batches = {unguided}
+save_every = 1.0
+silence = {silence}
+hung = {hung}
+patience = 120.0
+restarts = 1000
+[output]
+run = "{run}"
+every = 0.5
+"""
+LIMIT = 60.0  # seconds without progress at a stage, after a fault has ended: the pipeline counts as hung
+PORT = 7400  # in hosts of their own
+TAIL = 4096  # bytes at a ledger's end, in which a batch is begun
+BEGUN = re.compile(rb'"begun": ([0-9]+), "time"')
+SAMPLE = 0.25  # seconds between two looks at the processes' memory
+
+
+class Hung(Exception):
+    """Something did not happen within LIMIT; what, and what the stages said last."""
+
+
+class Pipeline:
+    """K stages, each with its supervisor, for as long as it is entered.
+
+    Args:
+        folder: for the run and what the stages say. rate: batches a second that stage 0 begins at most; 0: no limit.
+        emulator: whose hosts the stages are on; on loopback without.
+        settings: of CONFIG, over the ordinary ones.
+    """
+
+    def __init__(
+        self, folder: Path, stages: int, rate: float = 0.0, emulator: Emulator | None = None, **settings: object
+    ) -> None:
+        self.folder, self.stages, self.rate, self.emulator = folder, stages, rate, emulator
+        self.run, self.config = folder / "run", folder / "run.toml"
+        self.supervisors: dict[int, subprocess.Popen[bytes]] = {}
+        self.extra: list[subprocess.Popen[bytes]] = []  # second processes of a stage
+        self.peak = [0] * stages  # bytes of resident memory, of any process of the stage
+        self._pids: dict[int, int] = {}
+        self.left = 0  # processes found behind the end
+        chosen: dict[str, object] = {
+            "batches": 10**7,
+            "seed": 0,
+            "evaluate": 200,
+            "unguided": 100_000,
+            "silence": 2.0,
+            "hung": 6.0,
+        }
+        folder.mkdir(parents=True)
+        addresses = str(self._addresses()).replace("'", '"')
+        chosen |= settings
+        self.config.write_text(CONFIG.format(stages=stages, run=self.run, addresses=addresses, **chosen))
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._measure, daemon=True)
+
+    def __enter__(self) -> Pipeline:
+        for stage in range(self.stages):
+            self.start(stage)
+        self._watch.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended.set()
+        self._watch.join()
+        self.close()
+
+    def _addresses(self) -> list[str]:
+        if self.emulator:
+            return [f"{self.emulator.address(k)}:{PORT}" for k in range(self.stages - 1)]
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(socket.socket()) for _ in range(self.stages - 1)]
+            for probe in probes:
+                probe.bind(("127.0.0.1", 0))
+            return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
+
+    # -- processes ---------------------------------------------------------------------------------------------
+
+    def start(self, stage: int) -> None:
+        self.supervisors[stage] = self.started(stage)
+
+    def started(self, stage: int) -> subprocess.Popen[bytes]:
+        """A supervisor of that stage, and so a process."""
+        within = self.emulator.within(stage) if self.emulator else []
+        own = [str(self.config), f"--index={stage}", f"--rate={self.rate}"]
+        with self.said(stage).open("a") as said:
+            return subprocess.Popen(
+                [*within, sys.executable, "-m", "benchmarks.faults.victim", *own],
+                cwd=ROOT,
+                stdout=said,
+                stderr=said,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    def said(self, stage: int) -> Path:
+        return self.folder / f"said-{stage}"
+
+    def pid(self, stage: int) -> int | None:
+        """Of the stage's own process, under its supervisor; None while it has none."""
+        above = self.supervisors[stage].pid
+        if _parent(self._pids.get(stage, 0)) != above:
+            numbers = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+            self._pids[stage] = next((pid for pid in numbers if _parent(pid) == above), 0)
+        return self._pids[stage] or None
+
+    def signal(self, stage: int, number: int) -> bool:
+        """Whether there was a process to send it to."""
+        pid = self.pid(stage)
+        with contextlib.suppress(ProcessLookupError):
+            if pid is not None:
+                os.kill(pid, number)
+                return True
+        return False
+
+    def order(self, stage: int, name: str) -> None:
+        """Of victim.ORDERS; it is followed in the stage's next forward."""
+        (self.run / f"stage-{stage}" / "order").write_text(name)
+
+    def close(self) -> None:
+        """Every stage is asked to end, and ended if it does not; what is there afterwards is counted, and ended."""
+        ours = [*self.supervisors.values(), *self.extra]
+        for process in ours:
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + 15
+        for process in ours:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pid in _naming(str(self.config)):
+            self.left += 1
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _measure(self) -> None:
+        while not self._ended.wait(SAMPLE):
+            for stage in range(self.stages):
+                pid = self.pid(stage)
+                self.peak[stage] = max(self.peak[stage], _peak(pid) if pid else 0)
+
+    # -- what it does ------------------------------------------------------------------------------------------
+
+    def account(self, stage: int) -> ledger.Account:
+        path = self.run / f"stage-{stage}" / ledger.NAME
+        return ledger.read(path) if path.exists() else ledger.Account()
+
+    def accounts(self) -> list[ledger.Account]:
+        return [self.account(stage) for stage in range(self.stages)]
+
+    def begun(self, stage: int) -> int:
+        """The batch id that the stage began last, from the end of its ledger."""
+        path = self.run / f"stage-{stage}" / ledger.NAME
+        with contextlib.suppress(OSError):
+            text = path.read_bytes()[-TAIL:]
+            found = BEGUN.findall(text)
+            return int(found[-1]) if found else 0
+        return 0
+
+    def last(self) -> int:
+        """The highest batch id that any stage has begun."""
+        return max(self.begun(stage) for stage in range(self.stages))
+
+    def losses(self) -> dict[int, float]:
+        """Of every evaluation so far: the batch that it stands behind, and its loss, nats a byte of held-out text."""
+        path = self.run / "metrics" / "stage-0.jsonl"
+        found = {}
+        for text in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                line = json.loads(text)
+                if "eval.loss" in line:
+                    found[int(line["eval.batch"])] = float(line["eval.loss"])
+        return found
+
+    def until(self, what: str, happens: Callable[[], bool], limit: float = LIMIT) -> None:
+        """Raises Hung."""
+        end = time.monotonic() + limit
+        while not happens():
+            if time.monotonic() > end:
+                said = {k: self.said(k).read_text()[-400:] for k in range(self.stages)}
+                raise Hung(f"not within {limit:g} s: {what}; {said}")
+            time.sleep(0.1)
+
+    def until_all_pass(self, batch: int) -> None:
+        """Until every stage has begun a batch behind that one. Raises Hung."""
+        for stage in range(self.stages):
+            self.until(
+                f"stage {stage} begins a batch behind {batch}",
+                lambda k=stage: self.begun(k) > batch,  # type: ignore[misc]
+            )
+
+
+def wrong(accounts: list[ledger.Account]) -> list[str]:
+    """What is not exact in the ledgers of a run that goes on: batches still under way are not counted."""
+    passed = accounts[-1].last
+    found = [f"stage {k}: {what}" for k, account in enumerate(accounts) for what in account.violations()]
+    for k, (before, after) in enumerate(itertools.pairwise(accounts)):
+        gaps = [batch for batch in ledger.unexplained(before, after) if batch <= passed]
+        if gaps:
+            found.append(f"between stages {k} and {k + 1}, without a reason: {_ranges(gaps)}")
+    return found
+
+
+def _ranges(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"{len(numbers)} batches ({shown}{', …' if len(numbers) > 5 else ''})"
+
+
+# -- /proc -------------------------------------------------------------------------------------------------------
+
+
+def _parent(pid: int) -> int:
+    """0 if there is no such process, or it has ended."""
+    with contextlib.suppress(OSError):
+        state, parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:2]
+        return 0 if state in b"ZX" else int(parent)
+    return 0
+
+
+def _naming(text: str) -> list[int]:
+    """Processes that have this in their command."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def _peak(pid: int) -> int:
+    """Bytes of memory that a process has had at most."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

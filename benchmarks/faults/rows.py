@@ -1,0 +1,186 @@
+"""The table of faults: each on a pipeline of its own, again and again, and a row of what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+from benchmarks.emulator import Emulator, Link, missing
+from benchmarks.faults import disks, network, processes
+from benchmarks.faults.events import Event, detected, recovered, spread
+from benchmarks.faults.pipeline import Hung, Pipeline, wrong
+from benchmarks.figures import processor
+from benchmarks.grid import cores
+
+WARM = 20  # batches that every stage has trained before the first fault
+SETTLE = 400  # batches behind the last fault, until the loss is taken
+
+Make = Callable[[Pipeline, int, random.Random], Event]
+
+
+def nothing() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row.
+
+    Args:
+        make: makes it once. amount: how often, in ten minutes; 0: by chance, about 40 times, whatever goes on.
+        lacks: what this machine lacks for it. hosts: the stages are hosts of their own.
+        small: the stages' folders are small file systems. quiet: no stage may be taken for gone.
+    """
+
+    make: Make
+    amount: int
+    lacks: Callable[[], str] = nothing
+    hosts: bool = False
+    small: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class Row:
+    """What became of a fault. Times in seconds, memory in bytes."""
+
+    fault: str
+    amount: int = 0
+    skipped: str = ""  # why it was not made
+    hung: str = ""  # what did not happen
+    found: int = 0  # how often a neighbour took the stage for gone
+    detected: dict[str, float] = field(default_factory=dict)
+    recovered: dict[str, float] = field(default_factory=dict)
+    open: int = 0  # faults behind which a stage made no progress
+    wrong: list[str] = field(default_factory=list)  # in the ledgers
+    batches: list[int] = field(default_factory=list)  # begun, by stage
+    undone: list[int] = field(default_factory=list)  # begun, and lost with what they taught
+    alone: list[int] = field(default_factory=list)  # trained without the next stage
+    loss: tuple[int, float] | None = None  # the batch that it stands behind, nats a byte
+    peak: list[int] = field(default_factory=list)
+    left: int = 0
+    stages: int = 0
+    load: float = 0.0  # processes at work on the machine before
+    machine: str = ""
+    date: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Nothing hung, nothing is unaccounted for, and nobody was taken for gone who was only slow."""
+        mistaken = FAULTS[self.fault].quiet and self.found
+        return not (self.hung or self.open or self.wrong or self.left or mistaken)
+
+
+FAULTS: dict[str, Fault] = {
+    "kill -9": Fault(processes.kill, 0),
+    "SIGSTOP for 0.5 to 10 s": Fault(processes.stop, 30),
+    "hang": Fault(processes.ordered("hang"), 10),
+    "hang with the interpreter's lock": Fault(processes.ordered("hang with the interpreter's lock"), 10),
+    "exception in forward": Fault(processes.ordered("exception"), 10),
+    "segmentation fault": Fault(processes.ordered("segmentation fault"), 10),
+    "out of memory": Fault(processes.out_of_memory, 10, processes.no_groups),
+    "SIGTERM": Fault(processes.ask_to_end, 20),
+    "second process of a stage": Fault(processes.second_process, 10),
+    "partition for 0.2 to 10 s": Fault(network.partition, 15, hosts=True),
+    "partition one way": Fault(network.one_way, 15, hosts=True),
+    "connections reset": Fault(network.reset, 10, network.no_reset, hosts=True),
+    "20 % loss for 60 s": Fault(network.slow(Link(loss=0.2), 60), 1, hosts=True, quiet=True),
+    "50 ± 10 ms for 60 s": Fault(network.slow(Link(delay=0.04, jitter=0.02), 60), 1, hosts=True, quiet=True),
+    "1 Mbit/s for 60 s": Fault(network.slow(Link(rate=1e6), 60), 1, hosts=True, quiet=True),
+    "disk full for 1 to 5 s": Fault(disks.full, 10, disks.no_mount, small=True),
+    "I/O error for 3 s": Fault(disks.failing_sync, 5, disks.no_strace),
+    "kill -9 while saving": Fault(disks.kill_while_saving, 20),
+    "own state damaged": Fault(disks.damaged, 20),
+}
+SKIPPED = {"clock steps of ± 288 s": "libfaketime is not used: the whole machine's clock would have to be moved"}
+
+
+def measure(name: str, stages: int, minutes: float, rate: float, seed: int) -> Row:
+    """One row: that fault on a pipeline of its own, for so long or so often."""
+    fault = FAULTS[name]
+    if lack := fault.lacks() or (missing() if fault.hosts else ""):
+        return Row(name, skipped=f"needs more than this machine has: {lack}")
+    machine = f"{len(cores())} cores of {processor()}"
+    row = Row(name, stages=stages, load=os.getloadavg()[0], machine=machine, date=date.today().isoformat())
+    rng, events = random.Random(seed), list[Event]()
+    with _pipeline(fault, stages, rate) as pipeline:
+        try:
+            pipeline.until_all_pass(WARM)
+            for event in _made(fault, pipeline, minutes, rng):
+                events.append(event)
+            pipeline.until_all_pass(pipeline.last())
+            row.loss = _settled(pipeline)
+        except Hung as error:
+            row.hung = str(error)
+        pipeline.close()
+        _account(row, pipeline, events)
+    return row
+
+
+def _account(row: Row, pipeline: Pipeline, events: list[Event]) -> None:
+    """What the ledgers say, now that nothing is written any more."""
+    accounts = pipeline.accounts()
+    row.amount, row.wrong, row.peak, row.left = len(events), wrong(accounts), pipeline.peak, pipeline.left
+    row.batches = [len(account.begun) for account in accounts]
+    row.undone = [account.undone for account in accounts]
+    row.alone = [len(account.alone) for account in accounts]
+    ends = [*(event.begin for event in events[1:]), time.time()]
+    if FAULTS[row.fault].quiet:
+        events = [Event(stage, event.begin, event.end) for event in events for stage in range(pipeline.stages)]
+        ends = [event.end for event in events]
+    seen = [detected(event, accounts, end) for event, end in zip(events, ends, strict=False)]
+    back = [recovered(event, accounts) for event in events]
+    row.found, row.open = sum(one is not None for one in seen), sum(one is None for one in back)
+    row.detected = spread([one for one in seen if one is not None])
+    row.recovered = spread([one for one in back if one is not None])
+
+
+def undisturbed(stages: int, seed: int, batches: int) -> dict[int, float]:
+    """The losses of a run that nothing happens to, by the batch that they stand behind. Raises Hung."""
+    with (
+        tempfile.TemporaryDirectory(prefix="dnipipe-faults-") as folder,
+        Pipeline(Path(folder) / "pipeline", stages, seed=seed, batches=batches) as pipeline,
+    ):
+        ends = pipeline.supervisors.values()
+        pipeline.until("the run ends", lambda: all(one.poll() is not None for one in ends), limit=batches)
+        return pipeline.losses()
+
+
+@contextlib.contextmanager
+def _pipeline(fault: Fault, stages: int, rate: float) -> Iterator[Pipeline]:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dnipipe-faults-")))
+        emulator = stack.enter_context(Emulator(stages)) if fault.hosts else None
+        pipeline = Pipeline(folder / "pipeline", stages, rate, emulator)
+        if fault.small:
+            disks.mounted(pipeline)
+            stack.callback(disks.unmounted, pipeline)
+        yield stack.enter_context(pipeline)
+
+
+def _made(fault: Fault, pipeline: Pipeline, minutes: float, rng: random.Random) -> Iterator[Event]:
+    if not fault.amount:
+        end = time.monotonic() + 60 * minutes
+        while time.monotonic() < end:
+            time.sleep(rng.expovariate(40 / 600))
+            yield fault.make(pipeline, rng.randrange(pipeline.stages), rng)
+        return
+    for _ in range(math.ceil(fault.amount * minutes / 10)):
+        yield fault.make(pipeline, rng.randrange(pipeline.stages), rng)
+        pipeline.until_all_pass(pipeline.last())
+        time.sleep(rng.uniform(1, 3))
+
+
+def _settled(pipeline: Pipeline) -> tuple[int, float]:
+    """An evaluation some batches behind the last fault."""
+    behind = pipeline.last() + SETTLE
+    pipeline.until("an evaluation", lambda: max(pipeline.losses(), default=0) >= behind, limit=300)
+    return max(pipeline.losses().items())
