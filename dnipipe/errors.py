@@ -16,7 +16,7 @@
         │   ├── Replaced        another process has taken this stage's place (exit status 0: it is not to come back)
         │   └── WaitTimeout     a limit struck; says who waited for whom, since when, at which batch
         ├── MessageError      bytes that are not a message, or a message that does not belong here
-        └── NonFiniteLoss     the loss is NaN or infinite and the setting says to stop
+        └── NonFiniteLoss     the loss, or what a neighbour sent, is NaN or infinite, and the setting says to stop
 
 A message is one line: the fact, the values, the way out.
 """
@@ -95,7 +95,7 @@ class MessageError(RunError):
 
 
 class NonFiniteLoss(RunError):
-    """The loss is NaN or infinite."""
+    """The loss, or what a neighbour sent, is NaN or infinite."""
 
 
 def told(error: BaseException) -> str:

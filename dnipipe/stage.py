@@ -33,7 +33,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
 
-from dnipipe.errors import MessageError
+from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 from dnipipe.last_stage import score
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
@@ -43,6 +43,8 @@ from dnipipe.pending import Pending, Target
 from dnipipe.predictors import Loss
 from dnipipe.randomness import reseed
 from dnipipe.stash import Graphs, Stash
+
+POISONED = "activation not finite"  # why a batch is skipped, and the next stage never sees it
 
 
 class Stage:
@@ -54,6 +56,7 @@ class Stage:
         rule: where the gradient comes from; the loss itself (LossGradient) in the last stage.
         descent: the optimizer of the module's parameters, and when it steps.
         loss: of the model, for evaluation; used by the last stage only.
+        stop_on_nan: raise NonFiniteLoss for a NaN or infinity that a neighbour sent, or else learn nothing from it.
         seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
         graphs: how many may be kept, where the rule has weights stashed; none if it is left out.
     """
@@ -68,6 +71,7 @@ class Stage:
         metrics: StageMetrics,
         *,
         loss: Loss,
+        stop_on_nan: bool = True,
         seed: int = 0,
         first_layer: int = 0,
         device: torch.device | str = "cpu",
@@ -76,7 +80,7 @@ class Stage:
         self.index, self.stages = index, stages
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
         self.loss, self.seed, self.first_layer, self.device = loss, seed, first_layer, device
-        self.graphs = graphs or Graphs()
+        self.graphs, self.stop_on_nan = graphs or Graphs(), stop_on_nan
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
@@ -121,6 +125,10 @@ class Stage:
         batch, y = message.batch, message.y.to(self.device)
         self._check_order(batch)
         self.last_batch = batch
+        if self.index > 0 and not self._usable(message.x, batch, "activation"):
+            yield from self._skip(batch, POISONED)
+            self.metrics.trained(batch, y.shape[0], at_once=False)
+            return
         self._mode(training=True)
         rule = self.rule.at(batch)
         x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and rule.teaches)
@@ -170,6 +178,9 @@ class Stage:
         if pending is None or of is None or (g is not None and g.shape != of.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
         self.graphs.kept -= pending.graph is not None
+        why = "no gradient came"
+        if message.g is not None and not self._usable(message.g, batch, "gradient"):
+            g, why = None, "gradient not finite"
         rule = self.rule.at(batch)
         late = self.late = self.updates - pending.updates
         if g is not None:
@@ -182,7 +193,7 @@ class Stage:
             x, h = self._through(batch, pending, self.index > 0 and use.send)
             yield from self._apply(batch, x, h, use, late, pending.stash)
         elif g is None and rule.teaches and not pending.skipped:
-            yield from self._skip(batch, "no gradient came", answered=pending.answered)
+            yield from self._skip(batch, why, answered=pending.answered)
         if batch in self.save_after:
             self.save_after.remove(batch)
             yield Saved(batch, self.index)
@@ -190,6 +201,18 @@ class Stage:
     def _check_order(self, batch: int) -> None:
         if batch <= self.last_batch:
             raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
+
+    def _usable(self, tensor: Tensor, batch: int, what: str) -> bool:
+        """Whether what a neighbour sent is finite throughout. Raises NonFiniteLoss if anything else stops the run."""
+        # one pass and no copy; a sum that is not finite may also be one that is too large
+        if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
+            return True
+        if self.stop_on_nan:
+            raise NonFiniteLoss(
+                f"the {what} of batch {batch} that came to stage {self.index} holds NaN or infinity: lower "
+                "optimizer.lr, set optimizer.clip, or go on without such batches with train.on_nan = skip"
+            )
+        return False
 
     def _apply(
         self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0, stash: Stash | None = None, again: bool = False
@@ -295,4 +318,4 @@ class Stage:
             yield Saved(message.batch, self.index)
 
 
-__all__ = ["Pending", "Stage"]
+__all__ = ["POISONED", "Pending", "Stage"]

@@ -68,7 +68,7 @@ class UnlockedStage(Stage):
             return self.on_input(Input(message.batch, message.x, message.y))
         if message.batch != self.last_batch:
             raise MessageError(f"stage {self.index} had no input of batch {message.batch} before its activation")
-        if self.seen is not None:
+        if self.seen is not None and self._usable(message.x, message.batch, "activation"):
             h = message.x.to(self.device)
             with self.metrics.clock.span("predictor"):
                 self.metrics.input_guessed(self.inputs.learn(self.seen, h), h)

@@ -88,7 +88,8 @@ def make_stages(
         ours = {name: value for name, value in options.items() if name not in ("stop", *STEPPING)}
         stepping = {name: value for name, value in options.items() if name in STEPPING}
         descent = Descent(optimizer(list(module.parameters())), **stepping)  # type: ignore[arg-type]
-        made.append(kind(k)(k, count, module, own, descent, metrics, loss=loss, **ours))
+        stop = bool(options.get("stop", True))
+        made.append(kind(k)(k, count, module, own, descent, metrics, loss=loss, stop_on_nan=stop, **ours))
     return made
 
 

@@ -19,7 +19,7 @@ from dnipipe.lessons import Distance
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Saved
 from dnipipe.predictors import VFBN, Predictor, loss_terms
 from dnipipe.randomness import reseed
-from dnipipe.stage import Stage, score
+from dnipipe.stage import POISONED, Stage, score
 from tests.conftest import Line, blobs, make_stages, narrow
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_stops_or_skips() -> None:
     x, y = next(blobs(1))
     bad = x * float("nan")
     with pytest.raises(NonFiniteLoss, match=r"nan at batch 1.*on_nan"):
-        one = Line(make_stages(layers(), lambda k: Wait(), SGD))
+        one = Line(make_stages(layers()[:1], lambda k: Wait(), SGD))
         one.feed(Activation(1, bad, y))
         one.run()
     stages = make_stages(layers(), lambda k: Wait(), SGD, stop=False)
@@ -371,8 +371,36 @@ def test_a_loss_that_is_not_finite_stops_or_skips() -> None:
     line.feed(Activation(1, bad, y))
     line.run()
     assert [stage.updates for stage in stages] == [0, 0, 0]
-    assert [stage.metrics.totals()["skipped"] for stage in stages] == [1, 1, 1]
+    assert [dict(stage.metrics.skipped) for stage in stages] == [{"no gradient came": 1}, {POISONED: 1}, {}]
     assert all(stage.in_flight == 0 for stage in stages)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_a_neighbour_sends_must_be_finite(value: float) -> None:
+    (x, y), (_, y2) = blobs(2)
+    h = torch.randn(len(x), 12)
+    spoilt = h.clone()
+    spoilt[3, 4] = value
+    for stop in (True, False):
+        stage = make_stages(layers(), lambda k: Wait(), SGD, stop=stop)[1]
+        before = copy.deepcopy(dict(stage.module.named_parameters()))
+        if stop:
+            with pytest.raises(NonFiniteLoss, match=r"activation of batch 1 that came to stage 1 .*on_nan = skip"):
+                list(stage.handle(Activation(1, spoilt, y)))
+            continue
+        assert [type(out) for out in stage.handle(Activation(1, spoilt, y))] == [Gradient]  # and no Activation
+        assert [type(out) for out in stage.handle(Activation(2, h, y2))] == [Activation]
+        g = torch.full((len(x), 10), 0.1)
+        g[3, 4] = value
+        answers = list(stage.handle(Gradient(2, g)))
+        assert [getattr(out, "g", h) for out in answers] == [None]
+        assert stage.metrics.skipped == {POISONED: 1, "gradient not finite": 1} and stage.updates == 0
+        assert all(torch.equal(before[name], p) for name, p in stage.module.named_parameters())
+
+
+def test_a_sum_that_is_too_large_is_not_taken_for_infinity() -> None:
+    stage = make_stages(layers(), lambda k: Wait(), SGD)[1]
+    assert stage._usable(torch.full((2,), 3e38), 1, "activation")
 
 
 def test_a_message_that_does_not_belong_here_is_refused() -> None:

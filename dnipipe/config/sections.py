@@ -172,7 +172,9 @@ class Train:
     epochs: int = setting(1, "passes over the training data (if train.batches is 0)", low=1)
     batches: int = setting(0, "batches to train, whatever the epochs (0: by epochs)", low=0)
     seed: int = setting(0, "decides initial weights, data order and dropout", low=0)
-    on_nan: Literal["stop", "skip"] = setting("stop", "a NaN or infinite loss stops the run, or skips the batch")
+    on_nan: Literal["stop", "skip"] = setting(
+        "stop", "NaN or infinity, as the loss or in what comes from a neighbour, stops the run, or skips the batch"
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from typing import Any
 
 from dnipipe.errors import Replaced, RunError, TraceError
 
+UNSENT = "activation not finite"  # stage.py: why a batch was skipped and not sent on
 NAME = "ledger.jsonl"
 
 
@@ -181,10 +182,12 @@ def _take(found: Account, line: dict[str, Any]) -> None:
 def unexplained(before: Account, after: Account) -> list[int]:
     """Ids that a stage trained and the one behind it did not, without a reason in the first one's ledger.
 
-    A reason: the next stage was away when the batch was sent; or a connection ended, and then it owed an answer to the
-    batch, or had not begun it when the next connection was made. Also ids that only the second one has.
+    A reason: what came was not finite, so nothing was sent; the next stage was away when the batch was sent; or a
+    connection ended, and then it owed an answer to the batch, or had not begun it when the next connection was made.
+    Also ids that only the second one has.
     """
-    missing = set(before.begun) - set(after.begun) - before.alone - before.lost
+    unsent = {batch for batch, why in before.skipped.items() if why == UNSENT}
+    missing = set(before.begun) - set(after.begun) - before.alone - before.lost - unsent
     return sorted(missing | set(after.begun) - set(before.begun))
 
 
