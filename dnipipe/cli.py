@@ -1,4 +1,4 @@
-"""dnipipe train | stage | check | verify | compare | export | trace | settings.
+"""dnipipe train | stage | check | verify | compare | export | trace | keys | settings.
 
 Settings come from a TOML file (examples/), and from --section.key value on top; `dnipipe settings` lists them all.
 """
@@ -103,9 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--from", dest="begin", metavar="BEGIN", help=f"leave out what was before: {moment}")
     trace.add_argument("--to", dest="end", metavar="END", help="leave out what came after, likewise")
     trace.set_defaults(run=_trace)
+    keys = commands.add_parser("keys", help="who the stages are: make, check and revoke their keys (docs/security.md)")
+    keys.add_argument("what", choices=("new", "check", "revoke"))
+    keys.add_argument(
+        "folder", help="security.keys: FOLDER/public for every stage, FOLDER/secret/stage-K-* for stage K"
+    )
+    keys.add_argument("name", nargs="*", help="revoke: which, e.g. stage-2-1")
+    keys.add_argument("--stages", type=_count, metavar="K", help="new, check: of stages 0 to K-1")
+    keys.add_argument("--stage", type=int, metavar="k", help="new: one more pair of stage k alone")
+    keys.set_defaults(run=_keys)
     settings = commands.add_parser("settings", help="list every setting, its default and what it does")
     settings.set_defaults(run=_settings)
-    for command in (train, stage, check, verify, compare, export, trace, settings):
+    for command in (train, stage, check, verify, compare, export, trace, keys, settings):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the launcher's log")
     return parser
 
@@ -276,6 +285,24 @@ def _trace(options: argparse.Namespace, overrides: list[str]) -> int:
             print(f"{options.png}: {title}")
     except OSError as error:
         raise UsageError(f"cannot write {error.filename}: {error.strerror}; name another with -o or --png") from None
+    return 0
+
+
+def _keys(options: argparse.Namespace, overrides: list[str]) -> int:
+    from dnipipe import keys
+
+    folder, stages, stage, names = Path(options.folder), options.stages, options.stage, options.name
+    if overrides or bool(names) != (options.what == "revoke"):
+        raise ConfigError(f"cannot read {(overrides or names or ['revoke'])[0]!r}: only revoke takes names, stage-2-1")
+    if options.what == "new" and (stages is None) == (stage is None):
+        raise ConfigError("keys new: give --stages K for a pair of each stage, or --stage k for one more of stage k")
+    lines = {
+        "new": lambda: keys.new(folder, list(range(stages)) if stage is None else [stage]),
+        "check": lambda: keys.check(folder, stages),
+        "revoke": lambda: keys.revoke(folder, names),
+    }
+    for line in lines[options.what]():
+        print(line)
     return 0
 
 

@@ -1,12 +1,13 @@
 """A message as frames, and back: one small header, then the raw bytes of each tensor.
 
     frame 0   seq, batch   8 bytes each: what differs from one message to the next
-              then msgpack {"protocol": 3, "run": …, "type": "Activation",
+              then msgpack {"protocol": 4, "run": …, "type": "Activation",
                             "fields": {"x": ["int8", [32, 128]], "y": ["int64", [32]], "scale": ["float32", [32, 1]]}}
     frame 1   the bytes of x                    frame 2   the bytes of y                  frame 3   those of scale
 
 Frame 0 has at most 4096 bytes; numbers and the bytes of tensors are little-endian, tensors in C order. A tensor that is
-None (here a scale, if x travels as it is) has no frame; the batch of a message that has none is 0.
+None (here a scale, if x travels as it is) has no frame; the batch of a message that has none is 0. Over tcp without
+keys a last frame follows: the checksum of all (transport/edge.py).
 
 No pickle, and no copy of a tensor that lies contiguous in the main memory: a frame is a view of it, and a decoded
 tensor is a view of its frame. What comes in is checked field by field before it is used, and before memory is reserved
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Union
@@ -109,6 +111,14 @@ def _text_of(kind: str, run: str, *said: Any) -> bytes:
 
 
 _known_text_of = lru_cache(KNOWN, typed=True)(_text_of)
+
+
+def checksum(frames: Sequence[Frame]) -> bytes:
+    """CRC-32 of all frames, 4 bytes: a last frame of its own where nothing else would notice a flipped bit."""
+    value = 0
+    for frame in frames:
+        value = zlib.crc32(frame, value)
+    return value.to_bytes(4, "little")
 
 
 def decode(frames: Sequence[Frame], limit: int = TENSOR_LIMIT) -> tuple[str, int, Message]:

@@ -91,7 +91,11 @@ class WaitTimeout(PeerError):
 
 
 class MessageError(RunError):
-    """Bytes that are not a message, or a message that does not belong here."""
+    """Bytes that are not a message, or a message that does not belong here. `reason`: what it is counted under."""
+
+    def __init__(self, text: str, reason: str = "malformed") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class NonFiniteLoss(RunError):

@@ -15,17 +15,17 @@ from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr
 
 from dnipipe.errors import ConfigError, WaitTimeout
 from dnipipe.rendezvous import Rendezvous
-from dnipipe.transport.edge import check_address
+from dnipipe.transport.address import check_address, check_reach
 
 BACKEND = "dnipipe_gloo"
 
 
 @contextmanager
-def joined(meeting: Rendezvous, run: str, address: str) -> Iterator[None]:
+def joined(meeting: Rendezvous, run: str, address: str, private: bool = False) -> Iterator[None]:
     """All stages of `run` as torch's default process group, for as long as this lasts. `address`: transport.address.
 
-    Raises ConfigError if this process has a group already, or the address cannot be had or would let in other machines
-    unasked; WaitTimeout if not all stages come within the limit.
+    Raises ConfigError if this process has a group already, or the address cannot be had or, unless the network is
+    `private`, is reached by others; WaitTimeout if not all stages come within the limit.
     """
     if dist.is_initialized():
         raise ConfigError(
@@ -35,7 +35,7 @@ def joined(meeting: Rendezvous, run: str, address: str) -> Iterator[None]:
     _register()
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=meeting.timeout)
-    options._devices = [_device(meeting.host(address))]
+    options._devices = [_device(meeting.host(address), private)]
     try:
         dist.init_process_group(
             BACKEND,
@@ -56,8 +56,10 @@ def joined(meeting: Rendezvous, run: str, address: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _device(host: str) -> Any:
-    check_address(f"tcp://[{host}]:*")
+def _device(host: str, private: bool) -> Any:
+    address = f"tcp://[{host}]:*"
+    check_address(address)
+    check_reach(address, private, cure="gloo has no keys, so use another rule.name than sync")
     try:
         return ProcessGroupGloo.create_device(hostname=host)
     except RuntimeError as error:

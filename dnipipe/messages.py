@@ -18,7 +18,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 @dataclass(frozen=True, eq=False)

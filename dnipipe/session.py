@@ -35,11 +35,13 @@ from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
+from dnipipe.expected import expected
 from dnipipe.folders import INITIAL, check_unused, write_config
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
+from dnipipe.keys import KeyRing
 from dnipipe.messages import Hello
-from dnipipe.metrics import Clock, JsonLines, StageMetrics
+from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
@@ -95,14 +97,14 @@ def work(job: Job, resume: bool = False) -> Path:
         stack.callback(sockets.cleanup)
         with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = build(job, model, agreed, meeting.rank)
-            clock = stage.metrics.clock
-            transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name), clock))
+            transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name), stage.metrics))
         if isinstance(transport, GlooTransport):
             for side, lower in _edges(meeting).items():
                 transport.join(side, meeting.part(f"gloo/{lower}"))
         if isinstance(stage, SyncStage):
             with meeting.together("joined"):
-                stack.enter_context(gloo.joined(meeting, agreed.run_id, settings.transport.address))
+                address, private = settings.transport.address, settings.security.private_network
+                stack.enter_context(gloo.joined(meeting, agreed.run_id, address, private))
                 stage.join(settings.transport.timeout)
         with ExitStack() as writers:
             head = writers.enter_context(head_of(settings, tasks[0], agreed, stage.metrics)) if tasks else None
@@ -240,7 +242,7 @@ def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
 
 @contextmanager
 def _opened(
-    meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: Path, clock: Clock
+    meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: Path, measured: StageMetrics
 ) -> Iterator[Transport]:
     """This stage's two edges: it binds the one to the next stage, and connects to the one before."""
     if meeting.world == 1:
@@ -249,7 +251,7 @@ def _opened(
     names = {Side.PREVIOUS: f"stage {meeting.rank - 1}", Side.NEXT: f"stage {meeting.rank + 1}"}
     kind = ZmqTransport
     if settings.transport.kind == "gloo":
-        choose_interface(meeting.machines)
+        choose_interface(meeting.machines, settings.security.private_network)
         kind = GlooTransport
     transport = kind(
         agreed.run_id,
@@ -257,13 +259,17 @@ def _opened(
         timeout=settings.transport.timeout,
         max_message=settings.transport.max_message * 2**20,
         names=names,
-        packing=clock.span("serialize"),
-        full=clock.span("wait_send"),
+        fits=expected(agreed.plan, settings.wire, meeting.rank),
+        ring=KeyRing.of(settings.security.keys, meeting.rank),
+        packing=measured.clock.span("serialize"),
+        full=measured.clock.span("wait_send"),
     )
+    measured.dropped = transport.dropped
     try:
         if meeting.rank < meeting.world - 1:
+            private = settings.security.private_network
             address = meeting.address(settings.transport.scheme, settings.transport.address, sockets)
-            meeting.publish(f"endpoint/{meeting.rank}", f"made {transport.listen(address)}")
+            meeting.publish(f"endpoint/{meeting.rank}", f"made {transport.listen(address, private)}")
         if meeting.rank > 0:
             transport.connect(meeting.made(f"endpoint/{meeting.rank - 1}", meeting.rank - 1))
         yield transport

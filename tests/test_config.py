@@ -246,6 +246,8 @@ def test_stages_may_differ_in_paths_and_display_only() -> None:
         "pipeline.device",
         "transport.address",
         "service.restarts",
+        "security.keys",
+        "security.private_network",
         "output.dir",
         "output.run",
         "output.quiet",

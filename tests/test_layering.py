@@ -18,8 +18,10 @@ MAY = {
     "tracing": "errors",
     "fields": "messages errors",
     "codec": "messages errors fields",
-    "transport": "messages errors codec",
+    "keys": "errors",
+    "transport": "messages errors codec keys",
     "wire": "config errors messages randomness transport",
+    "expected": "config errors messages split transport wire",
     "heads": "",
     "lessons": "",
     "nets": "",
@@ -58,10 +60,10 @@ MAY = {
     "building": "config data errors execution gradient_rules inputs last_stage learner lessons metrics optim phases "
     "predictors randomness sometimes split stage stash sync transport unlocked window wire",
     "state": "checkpoint errors split stage unlocked",
-    "session": "building checkpoint config data display errors folders gloo greeting head messages metrics rendezvous "
-    "result split stage state sync tracing transport worker",
-    "service": "building checkpoint codec config data errors greeting head messages metrics session split stage state "
-    "transport worker",
+    "session": "building checkpoint config data display errors expected folders gloo greeting head keys messages "
+    "metrics rendezvous result split stage state sync tracing transport worker",
+    "service": "building checkpoint codec config data errors expected greeting head keys messages metrics session "
+    "split stage state transport worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",
@@ -71,18 +73,18 @@ MAY = {
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started verify",
-    "cli": "check checkpoint compare config errors folders jobs launcher process service started tracing verify",
+    "cli": "check checkpoint compare config errors folders jobs keys launcher process service started tracing verify",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
 FOREIGN = {  # libraries that only these may import
-    "zmq": {"transport", "service"},
+    "zmq": {"transport", "keys"},
     "msgpack": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
     "matplotlib": {"tracing"},
     "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process", "gloo", "schedules"},
-    "time": {"metrics", "transport", "worker", "split", "folders", "display", "service"},
+    "time": {"metrics", "transport", "worker", "split", "folders", "display", "service", "keys"},
 }
 
 

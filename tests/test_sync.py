@@ -192,10 +192,20 @@ def test_a_group_that_is_there_already_is_not_taken(joined: Callable[..., SyncSt
 
 @pytest.mark.parametrize(
     ("address", "says"),
-    [("0.0.0.0", "all interfaces"), ("::", "all interfaces"), ("192.0.2.1", r"cannot listen on 192\.0\.2\.1")],
+    [
+        ("0.0.0.0", "all interfaces"),
+        ("::", "all interfaces"),
+        ("192.0.2.1", "can be reached by other machines.*another rule.*security.private_network"),
+    ],
 )
 def test_addresses_that_are_refused(meet: Meet, address: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says), gloo.joined(meet(world=1), "run", address):
+        pass
+
+
+def test_on_a_private_network_the_address_must_still_be_one_of_this_machine(meet: Meet) -> None:
+    says = r"cannot listen on 192\.0\.2\.1"
+    with pytest.raises(ConfigError, match=says), gloo.joined(meet(world=1), "run", "192.0.2.1", private=True):
         pass
 
 

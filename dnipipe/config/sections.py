@@ -233,6 +233,20 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Security:
+    keys: str = setting(
+        "",
+        "folder of the stages' keys (dnipipe keys): connections are encrypted, and only stages are let in",
+        local=True,
+    )
+    private_network: bool = setting(
+        False,
+        "without keys, listen where other machines can connect: nothing but the network keeps them out",
+        local=True,
+    )
+
+
+@dataclass(frozen=True)
 class Output:
     dir: str = setting("runs", "folder of all runs", local=True)
     run: str = setting("", "folder of this run (empty: a new one under output.dir)", local=True)

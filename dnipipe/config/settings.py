@@ -18,6 +18,7 @@ from dnipipe.config.sections import (
     Pipeline,
     Predictor,
     Rule,
+    Security,
     Service,
     Sync,
     Train,
@@ -45,6 +46,7 @@ class Config:
     transport: TransportSettings = field(default_factory=TransportSettings)
     wire: WireSettings = field(default_factory=WireSettings)
     service: Service = field(default_factory=Service)
+    security: Security = field(default_factory=Security)
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:

@@ -97,6 +97,7 @@ def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
         "seconds": nested["seconds"],
         "processor": nested["processor"],
         "reasons": {reason: int(count) for reason, count in nested["skipped"].items()},
+        "dropped": {reason: int(count) for reason, count in nested["dropped"].items()},
     }
 
 

@@ -67,6 +67,9 @@ class StageMetrics:
         self.stage, self.stages = stage, stages
         self.clock = clock or Clock()
         self.skipped: Counter[str] = Counter()
+        self.dropped: Counter[str] = (
+            Counter()
+        )  # what the stage's transport did not let in, by reason; its owner sets it
         self._evaluation: dict[str, float] = {}  # since the last reading
         self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
         self._uncompared = 0  # gradients still to come before the next that is compared
@@ -130,19 +133,23 @@ class StageMetrics:
             "in_flight": pending,
             "window": window,
             "skipped": self.skipped.total(),
+            "dropped": self.dropped.total(),
             **spent,
         }
         self._before, self._all, self._lately, self._evaluation = after, self._all + lately, _Sums(), {}
         return _finite(found)
 
     def totals(self) -> dict[str, float]:
-        """The whole run, as flat numbers; `skipped.REASON` counts one reason. Absent: not measured, or not finite."""
+        """The whole run, as flat numbers; `skipped.REASON`, `dropped.REASON` count one reason. Absent: not measured, or
+        not finite."""
         self._read()
         every = self._all + self._lately
         found = {**spending(self.clock.seconds(), self.clock.processor()), **every.means()}
         found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
         found["peak_memory"] = peak_memory()
-        return _finite(found | {f"skipped.{reason}": count for reason, count in self.skipped.items()})
+        counts = {"skipped": self.skipped, "dropped": self.dropped}
+        found |= {f"{name}.{reason}": n for name, count in counts.items() for reason, n in list(count.items())}
+        return _finite(found)
 
     def _fold(self) -> None:
         """Many gradients at once, for small operations on tensors are dear one by one."""

@@ -19,13 +19,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Union
-
-import zmq
+from typing import Any, Union
 
 from dnipipe import codec
-from dnipipe.codec import Frame, Header
-from dnipipe.errors import HandshakeError, MessageError, PeerLost, Replaced, WaitTimeout
+from dnipipe.codec import Header
+from dnipipe.errors import HandshakeError, PeerLost, Replaced, WaitTimeout
 from dnipipe.greeting import check_settings
 from dnipipe.messages import PROTOCOL, Link, Message
 from dnipipe.transport import Side
@@ -76,7 +74,7 @@ class Links(ZmqTransport):
     Args:
         stage, stages: k and K. incarnation: which start of this stage it is.
         settings: that all stages must have in common.
-        others: of ZmqTransport.
+        options: of ZmqTransport.
 
     What happens to a neighbour is put into `events`; `receive` returns None when something is there.
     """
@@ -87,14 +85,11 @@ class Links(ZmqTransport):
         stages: int,
         incarnation: int,
         settings: tuple[str, ...],
-        *,
-        queue: int,
-        timeout: float,
-        max_message: int,
+        **options: Any,
     ) -> None:
         neighbours = {Side.PREVIOUS: stage - 1, Side.NEXT: stage + 1}
         names = {side: f"stage {k}" for side, k in neighbours.items()}
-        super().__init__("", queue=queue, timeout=timeout, max_message=max_message, names=names)
+        super().__init__("", names=names, **options)
         self.stage, self.stages, self.incarnation, self.settings = stage, stages, incarnation, settings
         self.run_id = ""  # once the agreement is known
         self.last = 0  # the last batch id that this stage trained, kept by its owner
@@ -146,12 +141,13 @@ class Links(ZmqTransport):
         bond = self._bonds[side]
         bond.introduced = time.monotonic()
         me = self.stage, self.stages, self.incarnation, self.run_id, self.settings, self.last
-        self._edges[side].put(codec.encode(Link(*me, bond.nonce, seen, refused), GREETING, 0))  # no room: again later
+        edge = self._edges[side]
+        edge.put(edge.seal(codec.encode(Link(*me, bond.nonce, seen, refused), GREETING, 0)))  # no room: again later
 
     def _heard_link(self, side: Side, link: Link) -> None:
         """Raises HandshakeError for a stranger, Replaced if the neighbour knows a newer process of this stage."""
         bond, edge = self._bonds[side], self._edges[side]
-        self._check(bond.stage, link)
+        self._check_link(bond.stage, link)
         if link.refused and link.seen == bond.nonce:
             raise Replaced(f"stage {self.stage}, incarnation {self.incarnation}, ends: {link.refused}")
         if link.incarnation < bond.incarnation:
@@ -172,7 +168,7 @@ class Links(ZmqTransport):
             bond.up, bond.heard = True, 0.0
             self.events.append((side, Up(link)))
 
-    def _check(self, expected: int, link: Link) -> None:
+    def _check_link(self, expected: int, link: Link) -> None:
         mine = {"protocol": PROTOCOL, "stages": self.stages, "stage": expected, "run": self.run_id or link.run}
         for name, here in mine.items():
             there = getattr(link, name)
@@ -206,8 +202,9 @@ class Links(ZmqTransport):
         return not self.events
 
     def _look(self, side: Side) -> None:
-        """What the monitor has told: a connection's end, or a new one, which is greeted."""
+        """What the monitor has told: a connection's end, or a new one, which is greeted; and a revoked key."""
         bond, edge = self._bonds[side], self._edges[side]
+        self._check_key(edge)
         if edge.handshakes > bond.handshakes:
             bond.handshakes = edge.handshakes
             self._lose(side, f"the connection to {edge.name} was made anew")
@@ -215,60 +212,41 @@ class Links(ZmqTransport):
         elif edge.deadline is not None and time.monotonic() >= edge.deadline:
             edge.deadline = None
             self._lose(side, f"{edge.name} is gone: its process ended, or the connection broke")
-        elif edge.connected and not bond.up and time.monotonic() > bond.introduced + AGAIN:
-            self._introduce(side, anew=False)
+        elif not bond.up and time.monotonic() > bond.introduced + AGAIN:
+            if edge.connected:
+                self._introduce(side, anew=False)
+            elif edge.refused:
+                bond.introduced = time.monotonic()
+                self.dropped.note("not let in there", edge.refused)
+                edge.dial()
 
-    def _fetch(self, edge: Edge) -> tuple[Header, list[Frame]] | None:
-        """Header and frames of the next message of this connection; what else comes is answered, or dropped."""
-        side = next(side for side, each in self._edges.items() if each is edge)
-        while frames := self._frames(side, edge):
-            try:
-                header = codec.read_header(frames[0].buffer)
-                if header.run == GREETING and header.type == Link.__name__:
-                    edge.watch()  # the connection that it came by must be known first
-                    self._look(side)
-                    self._heard_link(side, self._link(header))
-                    continue
-            except MessageError as error:
-                self._bad(side, error)
-                continue
-            if not edge.token or header.run != edge.token:
-                self.dropped["an older connection's message"] += 1
-                continue
-            if header.seq != edge.received + len(edge.kept):
-                self.dropped["behind a gap"] += 1
-                self.give_up(side, f"messages of {edge.name} were lost on the way")
-                continue
-            bond, now = self._bonds[side], time.monotonic()
-            bond.silences.append(now - (bond.heard or now))
-            bond.heard = now
-            return header, [frame.buffer for frame in frames[1:]]
-        return None
+    def _is_next(self, edge: Edge, header: Header) -> bool:
+        """Whether this is the next message of this connection; a Link is answered. Raises MessageError."""
+        side = edge.side
+        if header.run == GREETING and header.type == Link.__name__:
+            edge.watch()  # the connection that it came by must be known first
+            self._look(side)
+            self._heard_link(side, self._link(header))
+            return False
+        if not edge.token or header.run != edge.token:
+            self.dropped["an older connection's message"] += 1
+            return False
+        if header.seq != edge.received + len(edge.kept):
+            self.dropped["behind a gap"] += 1
+            self.give_up(side, f"messages of {edge.name} were lost on the way{edge.dropped_so_far()}")
+            return False
+        bond, now = self._bonds[side], time.monotonic()
+        bond.silences.append(now - (bond.heard or now))
+        bond.heard = now
+        return True
 
-    def _frames(self, side: Side, edge: Edge) -> list[zmq.Frame] | None:
-        while True:
-            try:
-                return edge.get()
-            except MessageError as error:
-                self._bad(side, error)
+    def _away(self, edge: Edge, why: str) -> None:
+        self._lose(edge.side, why)
 
     def _link(self, header: Header) -> Link:
         link = codec.read_body(header, [], 0)
         assert isinstance(link, Link)
         return link
-
-    def _read(self, edge: Edge, header: Header, frames: Sequence[Frame]) -> Message | None:
-        try:
-            return super()._read(edge, header, frames)
-        except MessageError as error:
-            self._bad(next(side for side, each in self._edges.items() if each is edge), error)
-            return None
-
-    def _bad(self, side: Side, error: MessageError) -> None:
-        """Bytes that are no message: what follows them on this connection would be behind a gap."""
-        self.dropped["not a message"] += 1
-        if self.up(side):
-            self.give_up(side, f"{self._edges[side].name} sent what is not a message: {error}")
 
 
 __all__ = ["Event", "Gone", "Links", "Up"]

@@ -24,7 +24,9 @@ from dnipipe.building import Job, build_stage, check_model
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
 from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerStopped, WaitTimeout
+from dnipipe.expected import expected
 from dnipipe.greeting import check_settings
+from dnipipe.keys import KeyRing
 from dnipipe.messages import Agreed
 from dnipipe.metrics import StageMetrics
 from dnipipe.service.keeper import AskedToEnd, Keeper
@@ -64,9 +66,10 @@ def _serve(job: Job, index: int) -> Path:
         links = stack.enter_context(_opened(settings, index, place.incarnation))
         agreed = _agreement(job, model, tasks, place, links)
         check_settings(shared_settings(settings), agreed.settings, f"stage {index}", "the run that it belongs to")
-        links.run_id = agreed.run_id
+        links.run_id, links.fits = agreed.run_id, expected(agreed.plan, settings.wire, index)
         check_model(model, agreed.plan, index)
         stage = build_stage(job, model, agreed.plan, index, agreed.total, StageMetrics(index, agreed.plan.stages))
+        stage.metrics.dropped = links.dropped
         ledger = Ledger(place.folder / NAME, place.incarnation, _restore(stage, agreed, place))
         stack.callback(ledger.close)
         links.last = stage.last_batch = ledger.last
@@ -182,12 +185,13 @@ def _opened(settings: Config, index: int, incarnation: int) -> Iterator[Links]:
         queue=512,
         timeout=transport.timeout,
         max_message=transport.max_message * 2**20,
+        ring=KeyRing.of(settings.security.keys, index),
     )
     try:
         if index < len(addresses):
             own = own_endpoint(addresses[index], transport.address)
             check_free(own)
-            links.listen(own)
+            links.listen(own, settings.security.private_network)
         if index > 0:
             links.connect(endpoint(addresses[index - 1]))
         yield links

@@ -7,8 +7,7 @@ connections, as the monitor tells them:   none ──handshake──► live ─
 
 from __future__ import annotations
 
-import ipaddress
-import socket
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,15 +17,20 @@ from typing import NoReturn
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame, Header
-from dnipipe.errors import ConfigError, MessageError, PeerLost
+from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame, Header, checksum
+from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
+from dnipipe.transport import Side
+from dnipipe.transport.curve import Lock
+from dnipipe.transport.dropped import Dropped
 
 # Seconds without a connection after which a neighbour is lost. A closed socket file never comes back; the moment is for
 # what libzmq has read but not yet handed over when it reports the end.
 GRACE = {"ipc": 0.05, "tcp": 2.0}
 
-EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
+FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+EVENTS = OPENED | FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 
 
 def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) -> dict[zmq.SocketOption, int]:
@@ -54,34 +58,6 @@ def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) 
     return table
 
 
-def check_address(address: str) -> None:
-    """Raises ConfigError unless it is ipc with a path, or tcp with one interface's address and a port."""
-    scheme, _, rest = address.partition("://")
-    if scheme == "ipc":
-        if not rest or rest[0] in "*@":  # a file in the working folder; an abstract name that any user may connect to
-            raise ConfigError(f"{address}: give the path of a socket file, ipc:///folder/file")
-        return
-    host, colon, port = rest.rpartition(":")
-    known = port == "*" or (port.isdecimal() and 0 < int(port) < 2**16)
-    if scheme != "tcp" or not colon or not known:
-        raise ConfigError(
-            f"{address}: expected ipc:///folder/file, or tcp://address:port with a port of 1 to 65535 or *"
-        )
-    if _is_every_interface(host.strip("[]")):
-        raise ConfigError(f"{address} would listen on all interfaces: set transport.address to the one to use")
-
-
-def _is_every_interface(host: str) -> bool:
-    if host in ("", "*"):
-        return True
-    try:  # by way of the resolver, since 0.0.0.0 has many spellings: 0, 0x0, ::ffff:0.0.0.0
-        numbers = {ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except (socket.gaierror, ValueError):
-        return False  # the name of an interface, or nothing: zmq will say
-    mapped = {number.ipv4_mapped for number in numbers if isinstance(number, ipaddress.IPv6Address)}
-    return any(number.is_unspecified for number in numbers | mapped if number)
-
-
 WATCH_EVERY = 0.02  # seconds
 
 # as plain numbers: arithmetic on zmq's enumerations costs more than the call that they are for
@@ -90,14 +66,31 @@ FIRST_OF_MANY = ONLY | MORE
 
 
 class Edge:
-    """A socket to one neighbour. `lost` is why it is gone; "" while it is there, or not there yet."""
+    """A socket to one neighbour. `lost` is why it is gone; "" while it is there, or not there yet.
+
+    Args:
+        side: where the neighbour is; the one after this stage connects to us.
+        lock: the keys of both ends; without, messages over tcp carry a checksum.
+        dropped: counts what was not let in.
+    """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], name: str, endpoint: str, queue: int, limit: int, linger: float
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        name: str,
+        endpoint: str,
+        queue: int,
+        limit: int,
+        linger: float,
+        *,
+        side: Side,
+        lock: Lock | None,
+        dropped: Dropped,
     ) -> None:
-        self.name, self.endpoint = name, endpoint
+        self.name, self.endpoint, self.side, self.lock, self.dropped = name, endpoint, side, lock, dropped
         self.file: Path | None = None  # that listening made
         self.lost = ""
+        self.refused = ""  # why the neighbour does not let us in; libzmq then tries no more
         self.torn = False  # messages are missing: what comes behind the gap is not handed out
         self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
@@ -106,21 +99,66 @@ class Edge:
         self.sent = self.received = 0  # messages, which is also the number of the next one
         self.last_sent: int | None = None  # batch ids
         self.last_received: int | None = None
+        self.bad: list[str] = []  # what was wrong with the messages dropped since the last good one
         self._connections: set[int] = set()  # file descriptors
         self._greeted = False  # a handshake has succeeded
         self._watched = 0.0  # when the monitor was last asked
         scheme = endpoint.partition("://")[0]
         self.grace = GRACE[scheme]
-        self.socket = context.socket(zmq.DEALER)
-        for option, value in options(queue, limit, linger, scheme == "tcp", "[" in endpoint).items():
+        self._sealed = scheme == "tcp" and lock is None
+        self._context, self._options = context, options(queue, limit, linger, scheme == "tcp", "[" in endpoint)
+        self._open()
+
+    def _open(self) -> None:
+        # until the first handshake: what the socket already had would be lost when another key is tried
+        self.held_back = self.lock is not None and self.side is Side.PREVIOUS
+        self.socket = self._context.socket(zmq.DEALER)
+        for option, value in self._options.items():
             self.socket.set(option, value)
+        if self.lock:
+            self.lock.put_on(self.socket)
         self.monitor = self.socket.get_monitor_socket(EVENTS)
         self.monitor.set(zmq.LINGER, 0)
+
+    def bind(self) -> None:
+        """Listen at the endpoint, which becomes an exact one. Raises ZMQError."""
+        self.socket.bind(self.endpoint)
+        self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT)
+
+    def dial(self) -> None:
+        """Connect to the endpoint, again if a handshake failed. Raises ZMQError."""
+        with contextlib.suppress(zmq.ZMQError):  # not connected yet, or libzmq gave it up
+            self.socket.disconnect(self.endpoint)
+        self.refused = ""
+        if self.lock:
+            self.lock.put_on(self.socket)
+            if self.lock.key is None:
+                self.refused = f"no key of {self.name} is in {self.lock.ring.folder / 'public'}"
+                return
+        self.socket.connect(self.endpoint)
+
+    def cut(self) -> None:
+        """Every connection ends at once, and what was sent with it; whoever may come can come again."""
+        binds = self.side is Side.NEXT
+        if binds:
+            self.socket.unbind(self.endpoint)
+            while self.monitor.poll(1000):  # ms; until the address is free
+                if recv_monitor_message(self.monitor)["event"] == zmq.EVENT_CLOSED:
+                    break
+        self.socket.set(zmq.LINGER, 0)  # and to close it: libzmq's disconnect leaves the other end connected
+        self._let_go()
+        self._open()
+        (self.bind if binds else self.dial)()
+        self._connections.clear()
+        self.bad.clear()
+        self._greeted, self.deadline = False, None
 
     # -- messages ----------------------------------------------------------------------------------------------
 
     def put(self, frames: Sequence[Frame]) -> bool:
-        """False if there is no room, or nobody to send to."""
+        """Frames, as `seal` made them. False if there is no room, or nobody to send to."""
+        if self.held_back:
+            return False
         # Only the first frame may be refused: a message is taken whole, or dropped whole if the connection breaks
         # under it. Refusing a later one would leave libzmq in the middle of a message.
         last = len(frames) - 1
@@ -146,8 +184,22 @@ class Edge:
             else:
                 more += 1
         if more:
-            raise MessageError(f"a message of {FRAME_LIMIT + more} frames from {self.name}, the limit is {FRAME_LIMIT}")
+            raise MessageError(
+                f"a message of {FRAME_LIMIT + more} frames from {self.name}, the limit is {FRAME_LIMIT}",
+                reason="too many frames",
+            )
         return frames
+
+    def seal(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        """The same frames, and their checksum if nothing else would notice a flipped bit."""
+        return [*frames, checksum(frames)] if self._sealed else frames
+
+    def unseal(self, frames: list[zmq.Frame]) -> None:
+        """Take the checksum off, if there should be one. Raises MessageError if a bit of the message is another."""
+        if self._sealed and frames.pop().bytes != checksum([frame.buffer for frame in frames]):
+            raise MessageError(
+                f"a message from {self.name} was damaged on the way: its checksum is another", reason="damaged"
+            )
 
     def count_sent(self, message: Message) -> None:
         self.sent += 1
@@ -155,6 +207,7 @@ class Edge:
 
     def count_received(self, message: Message) -> None:
         self.received += 1
+        self.bad.clear()
         self.last_received = getattr(message, "batch", self.last_received)
 
     def check_order(self, seq: int) -> None:
@@ -162,10 +215,14 @@ class Edge:
         expected = self.received + len(self.kept)
         if seq > expected:
             self.torn = True
-            self.lose(f"{seq - expected} messages of {self.name} were lost on the way")
+            self.lose(f"{seq - expected} messages of {self.name} were lost on the way{self.dropped_so_far()}")
         if seq < expected:
             self.torn = True
             self.lose(f"{self.name} was started again, it counts from {seq}")
+
+    def dropped_so_far(self) -> str:
+        """What may explain a gap."""
+        return f": {len(self.bad)} were dropped here, the last for {self.bad[-1]}" if self.bad else ""
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -180,15 +237,28 @@ class Edge:
         while int(self.monitor.get(zmq.EVENTS)) & READABLE:
             event = recv_monitor_message(self.monitor)
             kind, descriptor = event["event"], event["value"]
-            if kind in (zmq.EVENT_ACCEPTED, zmq.EVENT_CONNECTED):
+            if kind & OPENED:
                 self._connections.add(descriptor)
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._greeted, self.deadline = True, None
+                self._greeted, self.deadline, self.held_back = True, None, False
                 self.handshakes += 1
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._connections.discard(descriptor)
                 if self._greeted and not self._connections and self.deadline is None:
                     self.deadline = time.monotonic() + self.grace
+            elif kind & FAILED:
+                self._not_let_in(kind)
+
+    def _not_let_in(self, kind: int) -> None:
+        """A handshake failed. Who binds goes on: it was a stranger. Who connects may have to try another key."""
+        if self.side is Side.NEXT:
+            self.dropped["handshake failed"] += 1
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.refused = f"{self.name} does not accept this stage's key: copy its public file there"
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            self.refused = f"{self.name} has keys and this stage has none, or the other way round (security.keys)"
+        elif self.lock and self.lock.another():
+            self.dial()
 
     @property
     def connected(self) -> bool:
@@ -198,6 +268,8 @@ class Edge:
         """Raises PeerLost if the neighbour is gone. For `receive`: after nothing more was there to get."""
         if self.lost:
             raise PeerLost(self.lost)
+        if self.refused:
+            self.lose(self.refused)
         if self.deadline is not None and time.monotonic() >= self.deadline:
             self.lose(f"{self.name} is gone: its process ended, or the connection broke")
 
@@ -214,6 +286,9 @@ class Edge:
         self.watch()
         if self.lost or self.deadline is not None:
             self.socket.set(zmq.LINGER, 0)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.socket.disable_monitor()
         self.monitor.close()
         self.socket.close()

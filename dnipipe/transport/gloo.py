@@ -39,6 +39,7 @@ from dnipipe.codec import Frame, Header
 from dnipipe.errors import ConfigError, DnipipeError, PeerLost, WaitTimeout
 from dnipipe.messages import Activation, Gradient, Message, Received
 from dnipipe.transport import Side
+from dnipipe.transport.address import check_reach
 from dnipipe.transport.edge import Edge
 from dnipipe.transport.zmq import LINGER, ZmqTransport
 
@@ -47,10 +48,11 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 BULKY = {kind.__name__ for kind in (Activation, Gradient)}
 
 
-def choose_interface(machines: int) -> None:
+def choose_interface(machines: int, private: bool = False) -> None:
     """Make gloo listen on the loopback interface only, or on the one that the environment names.
 
-    Raises ConfigError where stages are on several machines and it names none: gloo would go by the host's name.
+    Raises ConfigError where stages are on several machines and it names none: gloo would go by the host's name; and for
+    an interface that others reach, unless the network is private (security.private_network).
     """
     if INTERFACE not in os.environ and machines > 1:
         raise ConfigError(
@@ -58,6 +60,8 @@ def choose_interface(machines: int) -> None:
             "interface that reaches the others, e.g. eth1; or use transport.kind = zmq"
         )
     os.environ.setdefault(INTERFACE, next(name for _, name in socket.if_nameindex() if name.startswith("lo")))
+    if not os.environ[INTERFACE].startswith("lo"):
+        check_reach(f"{INTERFACE}={os.environ[INTERFACE]}", private, cure="use transport.kind = zmq with security.keys")
 
 
 class _Bulk:

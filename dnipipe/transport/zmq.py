@@ -3,9 +3,13 @@
     stage k ── DEALER, binds ◄────── edge ──────► DEALER, connects ── stage k+1        one pair of sockets an edge
 
 ZeroMQ keeps order but not every message: what is under way when a connection breaks is lost without a word. So each
-message carries the run's token (another run's is dropped and counted) and its number on this edge (a gap is PeerLost),
-and a monitor on each socket tells when a connection ends. A stage that only hangs still looks alive here: that the
-worker sees, by its own limits. One thread owns a transport; only `wake` may be called from elsewhere.
+message carries the run's token and its number on this edge (a gap is PeerLost), and a monitor on each socket tells when
+a connection ends. A stage that only hangs still looks alive here: that the worker sees, by its own limits. One thread
+owns a transport; only `wake` may be called from elsewhere.
+
+What is no message of this run, or not one that was agreed on, is dropped and counted, and does not take its number: if
+it was the neighbour's, the next one shows the gap; if it was a stranger's, nothing is missing. With a ring of keys
+there are no strangers (curve.py).
 
 What was sent before an orderly close arrives if the neighbour's queue has room for it; libzmq drops what still lies in
 the kernel's buffers when a connection ends while the queue is full. So a stage closes once all it sent is answered.
@@ -17,7 +21,6 @@ import contextlib
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,11 +31,19 @@ import zmq
 from dnipipe import codec
 from dnipipe.codec import Frame, Header
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
+from dnipipe.keys import KeyRing
 from dnipipe.messages import Message
 from dnipipe.transport import AT_EASE, Side
-from dnipipe.transport.edge import Edge, check_address
+from dnipipe.transport.address import check_address, check_reach
+from dnipipe.transport.curve import Doorkeeper, Lock
+from dnipipe.transport.dropped import Dropped
+from dnipipe.transport.edge import Edge
 
 LINGER = 5.0  # seconds in which close() delivers what was sent
+BAD_LIMIT = 100  # messages in a row that are none, after which their sender is given up
+LOOK_EVERY = 1.0  # seconds, at most, that a wait lasts without a look for revoked keys
+
+Fits = Callable[[Side, Message], None]  # raises MessageError
 
 
 class ZmqTransport:
@@ -44,6 +55,8 @@ class ZmqTransport:
         timeout: seconds that `send` waits for room.
         max_message: largest tensor, bytes.
         names: what errors call the neighbours, e.g. {Side.NEXT: "stage 2"}.
+        ring: this stage's keys; None: connections are neither authenticated nor encrypted.
+        fits: raises MessageError for a message that is not as this side's edge agreed; such are dropped.
         packing, full: within these a message is written and read as frames, and `send` waits for room, so that its
             owner can tell one from the other.
     """
@@ -56,15 +69,19 @@ class ZmqTransport:
         timeout: float,
         max_message: int,
         names: Mapping[Side, str] | None = None,
+        ring: KeyRing | None = None,
+        fits: Fits = lambda side, message: None,
         packing: AbstractContextManager[object] = AT_EASE,
         full: AbstractContextManager[object] = AT_EASE,
     ) -> None:
         self.run, self.queue, self.timeout, self.max_message = run, queue, timeout, max_message
         self.names = {side: f"the {side.value} stage" for side in Side} | dict(names or {})
         self.packing, self.full = packing, full
-        self.dropped: Counter[str] = Counter()  # messages thrown away, by reason
+        self.ring, self.fits = ring, fits
+        self.dropped = Dropped()
         self._context = zmq.Context(io_threads=1)  # 1: one feeds 2 GB/s and more
-        self._context.set(zmq.MAX_SOCKETS, 16)  # two sockets, two monitors with two ends each, and the library's own
+        self._context.set(zmq.MAX_SOCKETS, 32)  # two sockets, two monitors with two ends each, the doorkeeper's three
+        self._doorkeeper = Doorkeeper(self._context, ring, self.dropped) if ring else None
         self._edges: dict[Side, Edge] = {}
         self._pollers: dict[tuple[Side, ...], zmq.Poller] = {}  # made once: receive is called for every message
         self._alarm = False
@@ -75,35 +92,52 @@ class ZmqTransport:
 
     # -- connecting --------------------------------------------------------------------------------------------
 
-    def listen(self, address: str) -> str:
+    def listen(self, address: str, private: bool = False) -> str:
         """Open the edge to the next stage, "tcp://127.0.0.1:*" or "ipc:///folder/file"; returns its exact endpoint.
 
-        Raises ConfigError for an address that cannot be had, or that would let in other machines unasked.
+        Raises ConfigError for an address that cannot be had, or, without keys, one that others reach, unless the
+        network is `private`.
         """
         check_address(address)
         file = Path(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
         if file and file.exists():  # zmq would take it from whoever listens there
             raise ConfigError(f"cannot listen on {address}: the file exists already; choose another, or remove it")
+        if self.ring is None:
+            check_reach(address, private)
         edge = self._open(Side.NEXT, address)
         try:
-            edge.socket.bind(address)
+            edge.bind()
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen on {address}: {error.strerror}; choose another address") from None
-        edge.endpoint, edge.file = edge.socket.get_string(zmq.LAST_ENDPOINT), file
+        edge.file = file
         return edge.endpoint
 
     def connect(self, endpoint: str) -> None:
         """Open the edge to the previous stage, at what its `listen` returned. It need not be there yet."""
         check_address(endpoint)
         try:
-            self._open(Side.PREVIOUS, endpoint).socket.connect(endpoint)
+            self._open(Side.PREVIOUS, endpoint).dial()
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot connect to {endpoint}: {error.strerror}") from None
 
     def _open(self, side: Side, address: str) -> Edge:
         if side in self._edges:
             raise ValueError(f"the edge to {self.names[side]} is open already")
-        edge = Edge(self._context, self.names[side], address, self.queue, self.max_message, LINGER)
+        lock, ring = None, self.ring
+        if ring:
+            lock = Lock(ring, ring.stage + (1 if side is Side.NEXT else -1), side is Side.NEXT)
+            lock.check()
+        edge = Edge(
+            self._context,
+            self.names[side],
+            address,
+            self.queue,
+            self.max_message,
+            LINGER,
+            side=side,
+            lock=lock,
+            dropped=self.dropped,
+        )
         edge.token = self.run
         self._edges[side] = edge
         self._pollers.clear()  # they knew one monitor less
@@ -115,7 +149,7 @@ class ZmqTransport:
         """Raises PeerLost if that side is gone, WaitTimeout if its queue stays full, MessageError if too large."""
         edge = self._edges[side]
         edge.watch_now_and_then()
-        edge.check()
+        self._check(edge)
         self._put(edge, message)
 
     def _put(self, edge: Edge, message: Message) -> None:
@@ -132,8 +166,9 @@ class ZmqTransport:
 
     def _hand_over(self, edge: Edge, frames: list[Frame], message: Message) -> None:
         """Message number `edge.sent`, as frames."""
-        if not edge.put(frames):
-            self._wait_for_room(edge, lambda: edge.put(frames), zmq.POLLOUT, message)
+        sealed = edge.seal(frames)
+        if not edge.put(sealed):
+            self._wait_for_room(edge, lambda: edge.put(sealed), zmq.POLLOUT, message)
 
     def _wait_for_room(self, edge: Edge, room: Callable[[], bool], event: int, message: Message) -> None:
         if not self._until(edge, room, event, self.timeout):
@@ -145,17 +180,17 @@ class ZmqTransport:
     def _until(self, edge: Edge, done: Callable[[], bool], event: int, seconds: float) -> bool:
         """Wait until `done`, asked again at each event of the edge's socket. False at the limit. Raises PeerLost."""
         deadline = time.monotonic() + seconds
-        poller = zmq.Poller()
-        poller.register(edge.socket, event)
-        for each in self._edges.values():
-            poller.register(each.monitor, zmq.POLLIN)
         while not done():
             for each in self._edges.values():
                 each.watch()
-            edge.check()
+            self._check(edge)
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
+            poller = zmq.Poller()
+            poller.register(edge.socket, 0 if edge.held_back else event)
+            for each in self._edges.values():
+                poller.register(each.monitor, zmq.POLLIN)
             with self.full:
                 self._poll(poller, [edge], left)
         return True
@@ -167,11 +202,10 @@ class ZmqTransport:
     ) -> tuple[Side, Message] | None:
         """The next message, None after `timeout` or a wake. Raises PeerLost after a lost side's last message.
 
-        Raises MessageError for what is no message, and PeerLost if messages before this one are missing.
+        Raises PeerLost if messages before this one are missing, or if a side keeps sending what is none.
         """
         edges = [self._edges[side] for side in sides]
-        poller = self._poller(sides)
-        ready = dict(poller.poll(0))  # one call into zmq asks all sockets and monitors
+        ready = dict(self._poller(sides).poll(0))  # one call into zmq asks all sockets and monitors
         deadline = None
         while not self._was_woken():
             for side, edge in zip(sides, edges, strict=True):
@@ -188,41 +222,92 @@ class ZmqTransport:
             if left <= 0:
                 break
             with waiting:
-                ready = self._poll(poller, edges, left)
+                ready = self._poll(self._poller(sides), edges, left)
         return None
 
     def _sound(self, edges: Sequence[Edge]) -> bool:
         """Whether there is anything to wait for. Raises PeerLost."""
         for edge in edges:
-            edge.check()
+            self._check(edge)
         return True
+
+    def _check(self, edge: Edge) -> None:
+        """Raises PeerLost if the neighbour is gone, or must go."""
+        self._check_key(edge)
+        edge.check()
 
     def _take(self, edge: Edge) -> Message | None:
         """A message that is there already."""
         while got := edge.kept.popleft() if edge.kept else self._fetch(edge):
-            message = self._read(edge, *got)
+            try:
+                message = self._read(edge, *got)
+            except MessageError as error:
+                self._drop(edge, error)
+                continue
             if message is not None:
                 return message
         return None
 
     def _fetch(self, edge: Edge) -> tuple[Header, list[Frame]] | None:
-        """Header and tensors' frames of the next message in order, if this run's is there."""
-        while not edge.torn and (frames := edge.get()):
-            with self.packing:
-                header = codec.read_header(frames[0].buffer)
-            if header.run != edge.token:
-                self.dropped["another run"] += 1
-                continue
-            edge.check_order(header.seq)
-            return header, [frame.buffer for frame in frames[1:]]
+        """Header and tensors' frames of the next message in order, if it is there; what else comes is dropped."""
+        while not edge.torn:
+            try:
+                frames = edge.get()
+                if frames is None:
+                    break
+                with self.packing:
+                    header = self._header(edge, frames)
+                if self._is_next(edge, header):
+                    return header, [frame.buffer for frame in frames[1:]]
+            except MessageError as error:
+                self._drop(edge, error)
         return None
 
+    def _header(self, edge: Edge, frames: list[zmq.Frame]) -> Header:
+        """Of a message that came from the neighbour, undamaged, as far as can be told. Takes off what told it."""
+        if edge.lock and not edge.lock.lets_in(frames[0]):
+            raise MessageError(f"a message from {edge.name} whose key was revoked", reason="key revoked")
+        edge.unseal(frames)
+        return codec.read_header(frames[0].buffer if frames else b"")
+
+    def _is_next(self, edge: Edge, header: Header) -> bool:
+        """Whether this is the next message of the run. Raises MessageError for another run's, PeerLost at a gap."""
+        if header.run != edge.token:
+            raise MessageError(f"a message of another run came in the place of {edge.name}'s", reason="another run")
+        edge.check_order(header.seq)
+        return True
+
     def _read(self, edge: Edge, header: Header, frames: Sequence[Frame]) -> Message | None:
-        """None: it was for the transport itself."""
+        """None: it was for the transport itself. Raises MessageError: then it counts as one that never came."""
         with self.packing:
             message = codec.read_body(header, frames, self.max_message)
+            self.fits(edge.side, message)
         edge.count_received(message)
         return message
+
+    # -- what is not let in ------------------------------------------------------------------------------------
+
+    def _drop(self, edge: Edge, error: MessageError) -> None:
+        """Counted; who keeps sending such is cut off."""
+        self.dropped.note(error.reason, str(error))
+        edge.bad.append(str(error))
+        if len(edge.bad) >= BAD_LIMIT:
+            self._cut(edge, f"{edge.name} keeps sending what is no message for this stage, the last of many: {error}")
+
+    def _check_key(self, edge: Edge) -> None:
+        if edge.lock and not edge.lock.valid():
+            self._cut(edge, f"the key of {edge.name} was revoked")
+
+    def _cut(self, edge: Edge, why: str) -> None:
+        """End the neighbour's connection."""
+        edge.cut()
+        self._pollers.clear()  # they knew another socket
+        self._away(edge, why)
+
+    def _away(self, edge: Edge, why: str) -> None:
+        """Raises PeerLost."""
+        edge.torn = True
+        edge.lose(why)
 
     # -- waiting -----------------------------------------------------------------------------------------------
 
@@ -233,6 +318,7 @@ class ZmqTransport:
         """
         now = time.monotonic()
         ends = [edge.deadline - now for edge in edges if edge.deadline is not None]
+        ends += [LOOK_EVERY] * (self.ring is not None)
         return dict(poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends])))))
 
     def _poller(self, sides: Sequence[Side]) -> zmq.Poller:
@@ -273,6 +359,8 @@ class ZmqTransport:
         os.close(wake)
         for edge in self._edges.values():
             edge.close()
+        if self._doorkeeper:
+            self._doorkeeper.close()
         self._context.term()
         for edge in self._edges.values():
             if edge.file:

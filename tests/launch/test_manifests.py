@@ -123,14 +123,16 @@ def test_there_is_a_pod_an_address_and_an_open_port_for_each_stage(
     text, spec = stages["ConfigMap"]["data"]["config.toml"], stages["StatefulSet"]["spec"]
     count, service = spec["replicas"], stages["Service"]["metadata"]["name"]
     (port,) = {each["port"] for each in stages["Service"]["spec"]["ports"]}
-    pods = [f"tcp://{stages['StatefulSet']['metadata']['name']}-{k}.{service}:{port}" for k in range(count)]
-    assert re.findall(r'"(tcp://[^"]+)"', text) == pods and spec["serviceName"] == service
+    pods = [f"{stages['StatefulSet']['metadata']['name']}-{k}.{service}:{port}" for k in range(count - 1)]
+    assert spec["serviceName"] == service
     policy = stages["NetworkPolicy"]["spec"]
     assert [each["ports"] for each in policy["ingress"]] == [[{"port": port, "protocol": "TCP"}]]
     assert policy["egress"][0]["ports"] == [{"port": port, "protocol": "TCP"}]
-    shared = re.sub(r"(?ms)^\[(service|security)\]\n.*?(?=^\[)", "", text)  # the sections of independent stages
-    (tmp_path / "config.toml").write_text(shared)
-    assert load(tmp_path / "config.toml").pipeline.stages == count
+    (tmp_path / "config.toml").write_text(text)
+    settings = load(tmp_path / "config.toml")
+    assert settings.pipeline.stages == count and list(settings.service.addresses) == pods
+    mounts = {each["mountPath"] for each in spec["template"]["spec"]["containers"][0]["volumeMounts"]}
+    assert {f"{settings.security.keys}/public", f"{settings.security.keys}/secret"} <= mounts
 
 
 def test_everything_selects_the_pods(stages: dict[str, dict[str, Any]]) -> None:

@@ -5,8 +5,10 @@ a ── next ──────► previous ── b        two neighbours, as 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
+from dnipipe import keys
 from dnipipe.errors import PeerLost
+from dnipipe.keys import KeyRing
 from dnipipe.messages import Checkpoint, Message
 from dnipipe.transport import Side, Transport, edge
 from dnipipe.transport.gloo import INTERFACE, GlooTransport, choose_interface
@@ -41,8 +45,10 @@ class Zmq:
         self.made: list[ZmqTransport] = []
         self._names = itertools.count()
 
-    def one(self, run: str = "run", queue: int = 8, timeout: float = WAIT, limit: int = 2**26) -> ZmqTransport:
-        made = self.kind(run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"})
+    def one(
+        self, run: str = "run", queue: int = 8, timeout: float = WAIT, limit: int = 2**26, ring: KeyRing | None = None
+    ) -> ZmqTransport:
+        made = self.kind(run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"}, ring=ring)
         self.made.append(made)
         return made
 
@@ -54,6 +60,27 @@ class Zmq:
         for before, after in itertools.pairwise(transports):
             after.connect(before.listen(self.address()))
         return list(transports)
+
+
+class Curve(Zmq):
+    """The same over tcp with keys: stage k of a chain has the pair of stage k."""
+
+    def __init__(self, scheme: str, folder: Path) -> None:
+        super().__init__(scheme, folder)
+        self._keys = tempfile.TemporaryDirectory()
+        self.keys = Path(self._keys.name)
+        assert list(keys.new(self.keys, [0, 1, 2]))
+
+    def chain(self, stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        transports = [self.one(queue=capacity, timeout=timeout, ring=KeyRing(self.keys, k)) for k in range(stages)]
+        for before, after in itertools.pairwise(transports):
+            after.connect(before.listen(self.address()))
+        return list(transports)
+
+    def close(self) -> None:
+        for transport in self.made:
+            transport.close()
+        self._keys.cleanup()
 
 
 class Gloo(Zmq):
@@ -99,11 +126,18 @@ def gloo(tmp_path: Path, short_grace: None, monkeypatch: pytest.MonkeyPatch) -> 
     os.environ.pop(INTERFACE)
 
 
-@pytest.fixture(params=["local", "laboratory", "ipc", "tcp", "gloo"])
+@pytest.fixture
+def curve(tmp_path: Path, short_grace: None) -> Iterator[Curve]:
+    factory = Curve("tcp", tmp_path)
+    with contextlib.closing(factory):
+        yield factory
+
+
+@pytest.fixture(params=["local", "laboratory", "ipc", "tcp", "curve", "gloo"])
 def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Make]:
     """chain(stages, capacity, timeout) -> connected transports."""
-    if request.param == "gloo":
-        yield request.getfixturevalue("gloo").chain
+    if request.param in ("curve", "gloo"):
+        yield request.getfixturevalue(request.param).chain
         return
     factory = Zmq(request.param, tmp_path)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dnipipe import codec
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
 from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Stop
 from dnipipe.metrics import Clock
-from dnipipe.transport.zmq import ZmqTransport
+from dnipipe.transport.zmq import BAD_LIMIT, ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Zmq, assert_lost, assert_same, batches, take
 from tests.transport.relay import Relay, free_port
 
@@ -95,7 +95,11 @@ def test_a_killed_neighbour_is_lost(zeromq: Zmq) -> None:
     parent = zeromq.one()
     endpoint = parent.listen(zeromq.address())
     sent = [Activation(k, torch.full((20,), float(k)), torch.zeros(1)) for k in range(3)]
-    words = [",".join(bytes(frame).hex() for frame in codec.encode(m, "run", k)) for k, m in enumerate(sent)]
+    sealed = [
+        [*frames, codec.checksum(frames)] if zeromq.scheme == "tcp" else frames
+        for frames in (codec.encode(m, "run", k) for k, m in enumerate(sent))
+    ]
+    words = [",".join(bytes(frame).hex() for frame in frames) for frames in sealed]
     child = subprocess.Popen([sys.executable, "-c", CHILD, endpoint, *words])  # without torch, which takes seconds
     try:
         for message in sent:
@@ -144,25 +148,54 @@ def bare_peer(zeromq: Zmq, b: ZmqTransport) -> Iterator[zmq.Socket[bytes]]:
 GOOD = codec.encode(Checkpoint(1), "run", 0)
 
 
+def send(peer: zmq.Socket[bytes], frames: Sequence[codec.Frame], scheme: str) -> None:
+    """As a transport does: over tcp with a checksum."""
+    peer.send_multipart([*frames, codec.checksum(frames)] if scheme == "tcp" else frames)
+
+
 @pytest.mark.parametrize(
-    "frames, says",
+    "frames, reason, says",
     [
-        ([b"garbage"], "header"),
-        ([b""], "header"),
-        ([b"\x80" * 5000], "header: 5000 bytes"),
-        ([*GOOD, b"more"], "Checkpoint: 1 tensor frames"),
-        ([b"x"] * 3000, "3000 frames from the previous stage, the limit is 5"),
+        ([b"garbage"], "malformed", "header"),
+        ([b""], "malformed", "header"),
+        ([b"\x80" * 5000], "malformed", "header: 5000 bytes"),
+        ([*GOOD, b"more"], "malformed", "Checkpoint: 1 tensor frames"),
+        ([b"x"] * 300_000, "too many frames", "frames from the previous stage, the limit is 5"),
     ],
     ids=["garbage", "empty", "long", "frames", "flood"],
 )
-def test_garbage_is_a_message_error(zeromq: Zmq, frames: list[bytes], says: str) -> None:
+def test_garbage_is_dropped_and_counted(
+    zeromq: Zmq, frames: list[bytes], reason: str, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
     b = zeromq.one()
     with bare_peer(zeromq, b) as peer:
-        peer.send_multipart(frames)
-        with pytest.raises(MessageError, match=says):
-            b.receive([PREVIOUS], WAIT)
-        peer.send_multipart(GOOD)
-        assert batches(b, PREVIOUS, 1) == [1]  # the garbage was taken whole
+        send(peer, frames, zeromq.scheme)
+        send(peer, GOOD, zeromq.scheme)
+        assert batches(b, PREVIOUS, 1) == [1]  # the garbage was taken whole, and does not count as a message
+    assert b.dropped == {reason: 1} and says in caplog.text
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    tcp = Zmq("tcp", tmp_path)
+    b = tcp.one()
+    with contextlib.closing(b), bare_peer(tcp, b) as peer:
+        sealed = [*GOOD, codec.checksum(GOOD)]
+        for frame in range(len(sealed)):
+            flipped = [bytearray(f) for f in sealed]
+            flipped[frame][2] ^= 16
+            peer.send_multipart(flipped)
+        send(peer, GOOD, "tcp")
+        assert batches(b, PREVIOUS, 1) == [1]
+    assert b.dropped == {"damaged": 2}
+
+
+def test_who_keeps_sending_garbage_is_cut_off(zeromq: Zmq) -> None:
+    b = zeromq.one()
+    with bare_peer(zeromq, b) as peer:
+        for _ in range(BAD_LIMIT):
+            peer.send(b"garbage")
+        assert_lost(b, PREVIOUS, "keeps sending what is no message")
+    assert sum(b.dropped.values()) == BAD_LIMIT
 
 
 @pytest.mark.parametrize("numbers, says", [([0, 4], "3 messages of the previous"), ([0, 1, 0], "started again")])
@@ -170,7 +203,7 @@ def test_a_gap_is_a_lost_peer(zeromq: Zmq, numbers: list[int], says: str) -> Non
     b = zeromq.one()
     with bare_peer(zeromq, b) as peer:
         for number in numbers:
-            peer.send_multipart(codec.encode(Checkpoint(number), "run", number))
+            send(peer, codec.encode(Checkpoint(number), "run", number), zeromq.scheme)
         batches(b, PREVIOUS, len(numbers) - 1)
         assert_lost(b, PREVIOUS, says)
 
@@ -212,13 +245,29 @@ def test_a_signal_handler_wakes_receive(zeromq: Zmq) -> None:
         ("ipc:///no/such/folder/socket", "cannot listen on"),
         ("ipc://" + "/long" * 30, "cannot listen on"),
         ("tcp://127.0.0.1:99999", "1 to 65535"),
-        ("tcp://192.0.2.1:*", "cannot listen on"),
+        (
+            "tcp://192.0.2.1:*",
+            r"can be reached by other machines.*`dnipipe keys new .*security\.private_network = true",
+        ),
     ],
 )
 def test_addresses_that_are_refused(address: str, says: str) -> None:
     transport = ZmqTransport("run", queue=8, timeout=1, max_message=1000)
     with contextlib.closing(transport), pytest.raises(ConfigError, match=says):
         transport.listen(address)
+
+
+def test_a_private_network_is_enough_to_listen_there() -> None:
+    transport = ZmqTransport("run", queue=8, timeout=1, max_message=1000)
+    with contextlib.closing(transport), pytest.raises(ConfigError, match=r"cannot listen on tcp://192\.0\.2\.1"):
+        transport.listen("tcp://192.0.2.1:*", private=True)  # refused by the kernel alone: it is nobody's address
+
+
+def test_a_socket_file_that_others_could_reach_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    transport = ZmqTransport("run", queue=8, timeout=1, max_message=1000)
+    with contextlib.closing(transport), pytest.raises(ConfigError, match=r"by other users of this machine \(chmod 700"):
+        transport.listen(f"ipc://{tmp_path}/socket")
 
 
 def test_a_socket_file_in_use_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Strangers at a stage's port: oversize frames, and connections that say nothing until no file is left."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from dnipipe.errors import PeerLost
+from dnipipe.keys import KeyRing
+from dnipipe.messages import Answer, Checkpoint
+from tests.security.conftest import Party
+from tests.transport.conftest import NEXT, PREVIOUS, WAIT, batches
+
+LISTENER = """
+import resource, sys
+from pathlib import Path
+from dnipipe.keys import KeyRing
+from dnipipe.transport import Side
+from dnipipe.transport.zmq import ZmqTransport
+
+folder, own = map(Path, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+transport = ZmqTransport("run", queue=8, timeout=60.0, max_message=2**20, ring=KeyRing(folder, 0))
+print(transport.listen("tcp://127.0.0.1:*"), flush=True)
+print(transport.receive([Side.NEXT], 60.0)[1].batch, flush=True)
+own.write_bytes(b"a checkpoint")  # there are files left
+print("saved", flush=True)
+transport.close()
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits")
+def test_400_idle_connections_do_not_keep_the_neighbour_out(party: Party, tmp_path: Path) -> None:
+    """The listener may have 128 files open; connections that do not greet are closed (HANDSHAKE_IVL)."""
+    command = [sys.executable, "-c", LISTENER, str(party.at(0)), str(tmp_path / "saved")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child, contextlib.ExitStack() as idle:
+        idle.callback(child.kill)
+        assert child.stdout
+        endpoint = child.stdout.readline().strip()
+        host, port = endpoint.removeprefix("tcp://").split(":")
+        for _ in range(400):
+            one = idle.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex((host, int(port)))
+        b = party.one(KeyRing(party.at(1), 1), timeout=60.0)
+        b.connect(endpoint)
+        b.send(PREVIOUS, Checkpoint(7))
+        assert child.stdout.readline().strip() == "7" and child.stdout.readline().strip() == "saved"
+
+
+def test_an_oversize_frame_is_not_taken_in(party: Party) -> None:
+    """libzmq reads its length and ends the connection."""
+    a, b = party.one(KeyRing(party.at(0), 0), limit=4096), party.one(KeyRing(party.at(1), 1), timeout=WAIT)
+    b.connect(a.listen("tcp://127.0.0.1:*"))
+    b.send(PREVIOUS, Checkpoint(1))
+    assert batches(a, NEXT, 1) == [1]
+    b.send(PREVIOUS, Answer(2, torch.zeros(2000)))
+    with pytest.raises(PeerLost):
+        for k in range(3, 1000):
+            b.send(PREVIOUS, Checkpoint(k))
+            assert a.receive([NEXT], 0.05) is None  # what follows is behind a gap
+
+
+def test_frames_beyond_the_limit_are_not_kept(party: Party) -> None:
+    """With the neighbour's key even: 300,000 frames are one message, of which five are kept while it is read."""
+    a, ring = party.one(KeyRing(party.at(0), 0)), KeyRing(party.at(1), 1)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.linger = 0
+        peer.curve_publickey, peer.curve_secretkey = ring.public, ring.secret
+        peer.curve_serverkey = ring.keys(0)[0]
+        peer.connect(a.listen("tcp://127.0.0.1:*"))
+        peer.send_multipart([b"x"] * 300_000)
+        assert a._edges[NEXT].socket.poll(1000 * WAIT)
+        while not a.dropped:
+            assert a.receive([NEXT], 0.1) is None
+    assert a.dropped == {"too many frames": 1}
