@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several hosts, the same line on each:  HEAD=10.0.0.1:29500 NODES=2 launch/multinode.sh [CONFIG] --output.dir /shared/runs
+# Several hosts, the same line on each:  HEAD=10.0.0.1:29500 NODES=2 launch/multinode.sh [CONFIG] --output.dir /shared/runs --security.keys /shared/keys
 #
 # HEAD             host and port of the rendezvous, served by the host it names (c10d: a private network only)
 # NODES            how many hosts
@@ -7,6 +7,7 @@
 # RUN_ID           what tells two runs at one HEAD apart [dnipipe]
 # ADDRESS          this host's address, where its name does not lead the others to it
 #
+# Once, before: dnipipe keys new /shared/keys --stages K; or, on a private network, --security.private_network true instead.
 # Stages go to the hosts in the order of their names (or ADDRESSes); only the first reads the data.
 set -euo pipefail
 
