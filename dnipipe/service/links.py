@@ -145,9 +145,15 @@ class Links(ZmqTransport):
         edge.put(edge.seal(codec.encode(Link(*me, bond.nonce, seen, refused), GREETING, 0)))  # no room: again later
 
     def _heard_link(self, side: Side, link: Link) -> None:
-        """Raises HandshakeError for a stranger, Replaced if the neighbour knows a newer process of this stage."""
+        """Raises HandshakeError if they do not belong together, Replaced if it knows a newer process of this stage."""
         bond, edge = self._bonds[side], self._edges[side]
-        self._check_link(bond.stage, link)
+        try:
+            self._check_link(bond.stage, link)
+        except HandshakeError as error:
+            if not bond.incarnation:  # nobody who fits was ever there: it may be this stage that is wrong
+                raise
+            self.dropped.note("a stage that does not belong here", str(error))  # and hears so, by our Link
+            return
         if link.refused and link.seen == bond.nonce:
             raise Replaced(f"stage {self.stage}, incarnation {self.incarnation}, ends: {link.refused}")
         if link.incarnation < bond.incarnation:

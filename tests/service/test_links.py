@@ -181,6 +181,19 @@ def test_a_stranger_is_refused_by_name(pair: Pair, run: str, named: str) -> None
         pair.until(lambda: False, [upper, lower])
 
 
+def test_a_stage_that_knows_its_neighbour_outlives_a_stranger_who_ends(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    lower.close()
+    stranger = pair.stage(1, run="another")
+    with pytest.raises(HandshakeError, match="stage 1 refuses who connects as stage 0: run is 'r' there"):
+        pair.until_up(upper, stranger)
+    stranger.close()
+    again = pair.stage(1, incarnation=2)
+    pair.until_up(upper, again)
+    assert upper.dropped["a stage that does not belong here"] >= 1
+
+
 def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
     pair.until_up(upper, lower)
