@@ -70,7 +70,7 @@ def _connected() -> Iterator[tuple[zmq.Socket[bytes], ZmqTransport]]:
     """A bare socket in the place of stage 0, and stage 1's transport."""
     fits = expected(PLAN, WireSettings(), 1)
     with tempfile.TemporaryDirectory() as folder, zmq.Context() as context, context.socket(zmq.DEALER) as peer:
-        peer.linger = 0
+        peer.linger = 1000  # ms; 0 can abort the process, as in transport/edge.py
         peer.bind(f"ipc://{folder}/edge")
         transport = ZmqTransport(RUN, queue=512, timeout=LIMIT, max_message=2**20, fits=fits)
         transport.connect(f"ipc://{folder}/edge")

@@ -28,6 +28,10 @@ from dnipipe.transport.dropped import Dropped
 # what libzmq has read but not yet handed over when it reports the end.
 GRACE = {"ipc": 0.05, "tcp": 2.0}
 
+# ms in which a connection that is given up ends. Not 0: if it then breaks within a message at that very moment, libzmq
+# aborts the whole process (its issue 3442).
+HASTE = 100
+
 OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 EVENTS = OPENED | FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
@@ -138,14 +142,14 @@ class Edge:
         self.socket.connect(self.endpoint)
 
     def cut(self) -> None:
-        """Every connection ends at once, and what was sent with it; whoever may come can come again."""
+        """Every connection ends, with what was not sent within HASTE; whoever may come can come again."""
         binds = self.side is Side.NEXT
         if binds:
             self.socket.unbind(self.endpoint)
             while self.monitor.poll(1000):  # ms; until the address is free
                 if recv_monitor_message(self.monitor)["event"] == zmq.EVENT_CLOSED:
                     break
-        self.socket.set(zmq.LINGER, 0)  # and to close it: libzmq's disconnect leaves the other end connected
+        self.socket.set(zmq.LINGER, HASTE)  # and to close it: libzmq's disconnect leaves the other end connected
         self._let_go()
         self._open()
         (self.bind if binds else self.dial)()
@@ -285,7 +289,7 @@ class Edge:
         """What was sent is delivered in the background, if there is still somebody to deliver it to."""
         self.watch()
         if self.lost or self.deadline is not None:
-            self.socket.set(zmq.LINGER, 0)
+            self.socket.set(zmq.LINGER, HASTE)
         self._let_go()
 
     def _let_go(self) -> None:
