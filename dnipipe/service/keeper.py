@@ -54,6 +54,7 @@ class Keeper(Worker):
         unguided: batches that it trains while the next stage is away. patience: seconds that it waits for a neighbour.
         silence: seconds, at least, after which a connected neighbour that says nothing is taken for hung.
         save_own: writes the stage's own state. save_every: seconds between two.
+        over: called when the run has ended for every stage; stage 0 writes the summary.
         alive: told that the loop goes round. say: takes a line for a person.
     """
 
@@ -69,6 +70,7 @@ class Keeper(Worker):
         patience: float,
         silence: float,
         save_own: Callable[[], object],
+        over: Callable[[], None],
         save_every: float,
         alive: Callable[[], None],
         say: Callable[[str], None],
@@ -77,7 +79,7 @@ class Keeper(Worker):
         super().__init__(*arguments, **{**options, "timeout": patience})
         self.links, self.ledger, self.agreement = links, ledger, agreement
         self.unguided, self.patience, self.silence = unguided, patience, silence
-        self.save_own, self.save_every, self.alive, self.say = save_own, save_every, alive, say
+        self.save_own, self.over, self.save_every, self.alive, self.say = save_own, over, save_every, alive, say
         self.alone = 0  # batches trained since the next stage went away
         self.answers: deque[Message] = deque()  # what the next stage would have said, made here
         self.final_reports: dict[int, Report] = {}
@@ -256,6 +258,10 @@ class Keeper(Worker):
                 self._stop(message)
             elif message is not None and not self._is_final(message):
                 self._handle(message)
+        if self.farewell or self.index == 0:
+            self.over()  # before anyone goes: who dies here and comes back would find nobody
+        else:
+            self.say(f"stage {self.index - 1} has not said for {self.patience:g} s that the run is over; this one ends")
         if not self.stage.last:
             self.links.send(Side.NEXT, Farewell(self.stage.last_batch))
 

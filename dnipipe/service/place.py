@@ -1,6 +1,6 @@
 """Where an independent stage lives: its folder, its neighbours' addresses.
 
-RUN/stage-K/start.json      how often it was started, and what it is part of (the agreement)
+RUN/stage-K/start.json      how often it was started, what it is part of (the agreement), whether the run is over
             checkpoints/    its own state, in the form of a run of one stage
             ledger.jsonl    ledger.py
             alive           touched while its loop goes round
@@ -30,29 +30,33 @@ class Place:
 
     Args:
         folder: RUN/stage-K. incarnation: which start of the stage this is. agreement: JSON, once it is known.
+        over: the run has ended, and every stage may go.
     """
 
     folder: Path
     incarnation: int
     agreement: str
+    over: bool
 
     @classmethod
     def taken(cls, run: Path, stage: int) -> Place:
         """The folder, and one more start noted in it. Raises CheckpointError if the note is damaged."""
         folder = run / f"stage-{stage}"
         folder.mkdir(parents=True, exist_ok=True)
-        before: dict[str, Any] = {"incarnation": 0, "agreement": ""}
+        before: dict[str, Any] = {"incarnation": 0, "agreement": "", "over": False}
         if (folder / START).exists():
             before = cls._read(folder)
-        place = cls(folder, int(before["incarnation"]) + 1, str(before["agreement"]))
-        place._write()
-        return place
+        note = {**before, "incarnation": before["incarnation"] + 1}
+        cls._write(folder, note)
+        return cls(folder, **note)
 
-    def joined(self, agreement: str) -> Place:
-        """The same, with what the stage is part of."""
-        place = Place(self.folder, self.incarnation, agreement)
-        place._write()
-        return place
+    def joined(self, agreement: str) -> None:
+        """Note what the stage is part of."""
+        self._write(self.folder, {**self._read(self.folder), "agreement": agreement})
+
+    def ended(self) -> None:
+        """Note that the run has: who is started once more finds nobody, and need not wait."""
+        self._write(self.folder, {**self._read(self.folder), "over": True})
 
     def check(self) -> None:
         """Raises Replaced if the stage was started again since: its folder is the newer process's."""
@@ -64,10 +68,10 @@ class Place:
     def touch(self) -> None:
         (self.folder / "alive").touch()
 
-    def _write(self) -> None:
-        path = self.folder / START
+    @staticmethod
+    def _write(folder: Path, note: dict[str, Any]) -> None:
+        path = folder / START
         temporary = path.with_suffix(".tmp")
-        note = {"incarnation": self.incarnation, "agreement": self.agreement}
         try:
             temporary.write_text(json.dumps({**note, "crc32": _checksum(note)}))
             os.replace(temporary, path)

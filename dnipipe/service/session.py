@@ -59,6 +59,9 @@ def _serve(job: Job, index: int) -> Path:
     settings, run = job.config, Path(job.config.output.run)
     check(settings, index)
     place = Place.taken(run, index)
+    if place.over:
+        _say(index, f"the run in {run} is over: for another one, name another output.run")
+        return run
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
@@ -79,7 +82,13 @@ def _serve(job: Job, index: int) -> Path:
         agreed = replace(agreed, start=stage.last_batch, folder=str(run))
         heads = head_of(settings, tasks[0], agreed, stage.metrics, PatientHead) if tasks else None
         head = stack.enter_context(heads) if heads else None
-        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger))
+
+        def over() -> None:
+            if head:
+                conclude(job, tasks[0], agreed, head)
+            place.ended()
+
+        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger), over=over)
         worker = stack.enter_context(worker_of(settings, agreed, stage, links, head, kind))
         try:
             with interruptible(worker):
@@ -90,8 +99,6 @@ def _serve(job: Job, index: int) -> Path:
             return run
         finally:
             faulthandler.cancel_dump_traceback_later()
-        if head:
-            conclude(job, tasks[0], agreed, head)
     return run
 
 

@@ -100,6 +100,7 @@ class Stand:
             patience=30.0,
             silence=10.0,
             save_own=nothing,
+            over=lambda: self.links.log.append("over"),
             save_every=NEVER,
             alive=nothing,
             say=self.said.append,
@@ -273,5 +274,17 @@ def test_the_end_waits_for_the_farewell_and_hands_it_on(stand: Callable[[int], S
 
     one.links.after_send = reply
     one.keeper.run()
-    assert one.links.log[-1] == "to next: Farewell 1"
+    assert one.links.log[-2:] == ["over", "to next: Farewell 1"]
     assert ("ended",) in one.book.lines
+
+
+def test_without_a_farewell_the_run_is_not_known_to_be_over(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.keeper.patience, one.keeper.timeout = 0.05, 0.5
+    one.previous(*batches(1, 1), Stop(1))
+    one.links.after_send = lambda side, message: [
+        one.next(word) for word in [answer(message)] if word and side is Side.NEXT
+    ]
+    one.keeper.run()
+    assert "over" not in one.links.log and ("ended",) in one.book.lines
+    assert "stage 0 has not said for 0.05 s that the run is over" in one.said[-1]

@@ -23,6 +23,14 @@ def test_every_start_is_counted_and_what_the_stage_is_part_of_is_kept(tmp_path: 
     assert (second.incarnation, second.agreement) == (2, "the agreement")
 
 
+def test_a_run_that_is_over_is_over_for_whoever_is_started_once_more(tmp_path: Path) -> None:
+    first = Place.taken(tmp_path, 1)
+    first.joined("the agreement")
+    first.ended()
+    again = Place.taken(tmp_path, 1)
+    assert again.over and (again.incarnation, again.agreement) == (2, "the agreement")
+
+
 def test_a_process_sees_that_a_newer_one_has_its_place(tmp_path: Path) -> None:
     older = Place.taken(tmp_path, 1)
     older.check()
