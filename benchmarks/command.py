@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +70,7 @@ def carry_out(parser: argparse.ArgumentParser, options: argparse.Namespace, stud
         return 0
     complete = True
     if not options.table:
-        _check_data(parser, plan(records), roots)
+        check_data(parser, {cell.loaded.data.name for cell in plan(records)}, roots)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         grid = Grid(plan, records, {name: os.path.abspath(root) for name, root in roots.items() if root}, options.jobs)
         grid.keep = options.keep
@@ -90,9 +90,9 @@ def _chosen(study: Study, only: Sequence[str]) -> Callable[[Records], list[Cell]
     return lambda records: [c for c in study.cells(records) if not only or any(text in str(c) for text in only)]
 
 
-def _check_data(parser: argparse.ArgumentParser, cells: Sequence[Cell], roots: dict[str, str]) -> None:
-    """Before anything is run: is the data there that the cells read?"""
-    for name in sorted({cell.loaded.data.name for cell in cells} & VARIABLES.keys()):
+def check_data(parser: argparse.ArgumentParser, needed: Set[str], roots: Mapping[str, str]) -> None:
+    """Before anything is run: is the data there that is needed? A data.name without a path needs none."""
+    for name in sorted(needed & VARIABLES.keys()):
         if not roots[name]:
             parser.error(f"where is the data? pass --{name}, or set {VARIABLES[name]}")
         if not os.path.exists(roots[name]):

@@ -54,22 +54,33 @@ class Here:
         self.emulator = emulator
 
     def run(self, orders: Sequence[Order], link: Link) -> list[Measured]:
+        with tempfile.TemporaryDirectory() as folder:
+            outs = [Path(folder) / f"{rank}.json" for rank in range(len(orders))]
+            self._carry_out([_command(order, out) for order, out in zip(orders, outs, strict=True)], outs, link)
+            return [Measured(**json.loads(out.read_text())) for out in outs]
+
+    def train(self, arguments: Sequence[str], stages: int, link: Link) -> None:
+        """`dnipipe train` with these arguments, a stage in each host. Raises RunFailed."""
+        with tempfile.TemporaryDirectory() as folder:
+            outs = [Path(folder) / str(rank) for rank in range(stages)]
+            self._carry_out([["dnipipe", "train", *arguments]] * stages, outs, link)
+
+    def _carry_out(self, commands: Sequence[Sequence[str]], outs: Sequence[Path], link: Link) -> None:
+        """A Python module with its arguments on each rank, all at once; what one says goes beside its `out`."""
         if self.emulator:
             self.emulator.link = link
         port = _free_port()
-        with tempfile.TemporaryDirectory() as folder, _ended() as processes:
-            outs = [Path(folder) / f"{rank}.json" for rank in range(len(orders))]
-            for rank, (order, out) in enumerate(zip(orders, outs, strict=True)):
-                processes.append(self._start(rank, len(orders), order, out, port))
+        with _ended() as processes:
+            for rank, (command, out) in enumerate(zip(commands, outs, strict=True)):
+                processes.append(self._start(rank, len(commands), command, out, port))
             _wait(processes, outs)
-            return [Measured(**json.loads(out.read_text())) for out in outs]
 
-    def _start(self, rank: int, world: int, order: Order, out: Path, port: int) -> subprocess.Popen[bytes]:
+    def _start(self, rank: int, world: int, command: Sequence[str], out: Path, port: int) -> subprocess.Popen[bytes]:
         master = self.emulator.address(0) if self.emulator else "127.0.0.1"
         card = "eth0" if self.emulator else "lo"
         within = self.emulator.within(rank) if self.emulator else []
         own = {"GROUP_WORLD_SIZE": str(world if self.emulator else 1), "GLOO_SOCKET_IFNAME": card}
-        return _start(within, environment(rank, world, master, port) | own, order, out, core=_core(rank))
+        return _start(within, environment(rank, world, master, port) | own, command, out, core=_core(rank))
 
 
 class Hosts:
@@ -91,7 +102,7 @@ class Hosts:
             with tempfile.TemporaryDirectory() as folder, _ended() as processes:
                 out = Path(folder) / "out.json"
                 names = environment(self.rank, len(orders), self.master, self.port + self.runs)
-                processes.append(_start([], names, orders[self.rank], out, core=None))
+                processes.append(_start([], names, _command(orders[self.rank], out), out, core=None))
                 try:
                     _wait(processes, [out])
                     self.store.set(f"measured/{self.runs}/{self.rank}", out.read_text())
@@ -107,17 +118,25 @@ class Hosts:
 @contextmanager
 def place(links: str, hosts: int) -> Iterator[Place]:
     """The place that `--links` names, with so many hosts. Raises SystemExit if this machine cannot be it."""
-    if links == "emulated":
-        if lack := missing():
-            raise SystemExit(f"--links emulated needs {lack} on this machine: use --links none, or hosts")
-        with Emulator(hosts) as emulator:
-            yield Here(emulator)
-    elif links == "hosts":
+    if links == "hosts":
         if "RANK" not in os.environ:
             raise SystemExit("--links hosts: start this command with torchrun, one process on each machine")
         yield Hosts()
     else:
+        with here(links, hosts) as where:
+            yield where
+
+
+@contextmanager
+def here(links: str, hosts: int) -> Iterator[Here]:
+    """The same where all ranks are on this machine: `none` or `emulated`."""
+    if links == "none":
         yield Here()
+        return
+    if lack := missing():
+        raise SystemExit(f"--links emulated needs {lack} on this machine: use --links none, or hosts")
+    with Emulator(hosts) as emulator:
+        yield Here(emulator)
 
 
 def environment(rank: int, world: int, master: str, port: int) -> dict[str, str]:
@@ -136,13 +155,17 @@ def environment(rank: int, world: int, master: str, port: int) -> dict[str, str]
     return {**outer, **{name: str(value) for name, value in names.items()}}
 
 
+def _command(order: Order, out: Path) -> list[str]:
+    return ["benchmarks.throughput.rank", order.to_json(), str(out)]
+
+
 def _start(
-    within: list[str], names: dict[str, str], order: Order, out: Path, core: int | None
+    within: list[str], names: dict[str, str], command: Sequence[str], out: Path, core: int | None
 ) -> subprocess.Popen[bytes]:
-    command = [*within, sys.executable, "-m", "benchmarks.throughput.rank", order.to_json(), str(out)]
+    whole = [*within, sys.executable, "-m", *command]
     with out.with_suffix(".err").open("w") as said:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=names, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+            whole, cwd=ROOT, env=names, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
         )
     if core is not None:
         os.sched_setaffinity(process.pid, {core})
