@@ -17,9 +17,7 @@ the kernel's buffers when a connection ends while the queue is full. So a stage 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +36,7 @@ from dnipipe.transport.address import check_address, check_reach
 from dnipipe.transport.curve import Doorkeeper, Lock
 from dnipipe.transport.dropped import Dropped
 from dnipipe.transport.edge import Edge
+from dnipipe.transport.waker import Waker
 
 LINGER = 5.0  # seconds in which close() delivers what was sent
 BAD_LIMIT = 100  # messages in a row that are none, after which their sender is given up
@@ -84,10 +83,7 @@ class ZmqTransport:
         self._doorkeeper = Doorkeeper(self._context, ring, self.dropped) if ring else None
         self._edges: dict[Side, Edge] = {}
         self._pollers: dict[tuple[Side, ...], zmq.Poller] = {}  # made once: receive is called for every message
-        self._alarm = False
-        self._woken, self._wake = os.pipe()
-        os.set_blocking(self._woken, False)
-        os.set_blocking(self._wake, False)
+        self._waker = Waker()
         self._closed = False
 
     # -- connecting --------------------------------------------------------------------------------------------
@@ -207,7 +203,7 @@ class ZmqTransport:
         edges = [self._edges[side] for side in sides]
         ready = dict(self._poller(sides).poll(0))  # one call into zmq asks all sockets and monitors
         deadline = None
-        while not self._was_woken():
+        while not self._waker.was_woken():
             for side, edge in zip(sides, edges, strict=True):
                 message = self._take(edge) if edge.kept or edge.socket in ready else None
                 if message is not None:
@@ -330,22 +326,12 @@ class ZmqTransport:
                 poller.register(self._edges[side].socket, zmq.POLLIN)
             for edge in self._edges.values():
                 poller.register(edge.monitor, zmq.POLLIN)
-            poller.register(self._woken, zmq.POLLIN)
+            poller.register(self._waker.file, zmq.POLLIN)
         return self._pollers[key]
-
-    def _was_woken(self) -> bool:
-        if not self._alarm:
-            return False
-        self._alarm = False
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._woken, 4096)
-        return True
 
     def wake(self) -> None:
         """Make a `receive` that waits, or the next one, return None at once. Safe in a signal handler."""
-        self._alarm = True
-        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody waits
-            os.write(self._wake, b"\0")
+        self._waker.wake()
 
     # -- ending ------------------------------------------------------------------------------------------------
 
@@ -354,9 +340,7 @@ class ZmqTransport:
         if self._closed:
             return
         self._closed = True
-        woken, wake, self._woken, self._wake = self._woken, self._wake, -1, -1  # a late wake must hit no other file
-        os.close(woken)
-        os.close(wake)
+        self._waker.close()
         for edge in self._edges.values():
             edge.close()
         if self._doorkeeper:

@@ -74,6 +74,18 @@ def test_each_stage_is_a_container_that_comes_back_and_is_looked_after() -> None
     assert top["networks"]["pipeline"]["internal"]
 
 
+def test_the_keys_are_there_before_any_stage_and_no_stage_can_change_them() -> None:
+    settings = tomllib.loads((DOCKER / "demo.toml").read_text())
+    services = read("compose.yaml")["services"]
+    made = services.pop("keys")
+    where, count = settings["security"]["keys"], settings["pipeline"]["stages"]
+    assert f"dnipipe keys new {where} --stages {count}" in made["command"] and made["volumes"] == ["keys:/keys"]
+    for name, one in services.items():
+        if name.startswith("stage"):
+            assert "keys:/keys:ro" in one["volumes"]
+            assert one["depends_on"] == {"keys": {"condition": "service_completed_successfully"}}
+
+
 def test_the_faults_hit_each_stage() -> None:
     text = (DOCKER / "chaos.sh").read_text()
     faults = re.findall(r'"(kill|pause|cut|slow) (\d)"', text[text.index("for each in") :])
