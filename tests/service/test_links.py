@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zmq
 
-from dnipipe.errors import HandshakeError, Replaced
+from dnipipe.errors import HandshakeError, MessageError, Replaced
 from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.service.links import Gone, Links, Up
 from dnipipe.transport import Side
+from dnipipe.transport.zmq import BAD_LIMIT
 
 NEXT, PREVIOUS = Side.NEXT, Side.PREVIOUS
 LIMIT = 20.0  # seconds, for a machine that is busy
@@ -205,3 +207,44 @@ def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
     lower.send(PREVIOUS, Gradient(2, None))
     pair.until(lambda: pair.ids(upper) == [1, 2], [upper, lower])
     assert upper.longest(NEXT) >= 0.1
+
+
+def test_who_keeps_sending_garbage_is_cut_off_and_the_neighbour_comes_through(pair: Pair) -> None:
+    upper = pair.stage(0)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.linger = 0
+        peer.connect(pair.endpoint)
+        monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor.linger = 0
+        for _ in range(BAD_LIMIT):
+            peer.send(b"garbage")
+        pair.until(lambda: bool(monitor.poll(0)), [upper])
+        assert upper.dropped.total() == BAD_LIMIT
+        peer.disable_monitor()
+        monitor.close()
+    lower = pair.stage(1)
+    pair.until_up(upper, lower)
+    upper.send(NEXT, activation(1))
+    pair.until(lambda: pair.ids(lower) == [1], [upper, lower])
+
+
+def test_a_message_that_is_not_as_agreed_is_dropped_and_the_connection_begins_anew(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+
+    def agreed(side: Side, message: Message) -> None:
+        if isinstance(message, Activation) and message.batch == 2:
+            raise MessageError("not this one", reason="not as agreed")
+
+    lower.fits = agreed
+    pair.until_up(upper, lower)
+    for batch in (1, 2, 3):
+        upper.send(NEXT, activation(batch))
+    pair.until(lambda: sum(isinstance(event, Up) for event in pair.said[lower]) == 2, [upper, lower])
+    gone = [event.why for event in pair.said[lower] if isinstance(event, Gone)]
+    assert pair.ids(lower) == [1] and gone == [
+        "messages of stage 0 were lost on the way: 1 were dropped here, the last for not this one"
+    ]
+    pair.until_up(upper, lower)
+    upper.send(NEXT, activation(4))
+    pair.until(lambda: pair.ids(lower) == [1, 4], [upper, lower])
+    assert lower.dropped["not as agreed"] == 1
