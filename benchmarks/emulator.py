@@ -61,6 +61,7 @@ class Emulator:
     def __init__(self, hosts: int, link: Link | None = None) -> None:
         self.hosts, self.link = hosts, link or Link()
         self.dropped = 0  # packets that found a line's buffer full
+        self.lost = 0  # packets that a link lost, or that it was cut for
         self.cut: frozenset[tuple[int, int]] = frozenset()  # (from, to): no packet gets there; may be set at any time
         self._name = f"dnp{os.getpid()}"
         self._devices: list[int] = []  # file descriptors
@@ -122,7 +123,10 @@ class Emulator:
                 source, link = sources[descriptor], self.link
                 for packet in _packets(descriptor):
                     target = hosts.get(packet[16:20])
-                    if target is None or (source, target) in self.cut or random.random() < link.loss:
+                    if target is None:
+                        continue
+                    if (source, target) in self.cut or random.random() < link.loss:
+                        self.lost += 1
                         continue
                     leaves = now = time.monotonic()
                     if link.rate:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from benchmarks.emulator import Emulator, Link
 from benchmarks.faults.events import Event
@@ -17,8 +18,14 @@ Fault = Callable[[Pipeline, int, random.Random], Event]
 
 def partition(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
     """For 0.2 to 10 s the stage reaches nobody, and nobody reaches it."""
-    others = [host for host in range(pipeline.stages) if host != stage]
-    return _cut(pipeline, stage, {(stage, k) for k in others} | {(k, stage) for k in others}, rng)
+    return _cut(pipeline, stage, _both_ways(pipeline, stage), rng)
+
+
+def power_loss(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
+    """The same, and its process is killed meanwhile: the others have connections whose other end is no more."""
+    _emulator(pipeline).cut = _both_ways(pipeline, stage)
+    pipeline.signal(stage, signal.SIGKILL)
+    return partition(pipeline, stage, rng)
 
 
 def one_way(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
@@ -28,7 +35,12 @@ def one_way(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
     return _cut(pipeline, stage, {(stage, k) if out else (k, stage) for k in others}, rng)
 
 
-def _cut(pipeline: Pipeline, stage: int, pairs: set[tuple[int, int]], rng: random.Random) -> Event:
+def _both_ways(pipeline: Pipeline, stage: int) -> frozenset[tuple[int, int]]:
+    others = [host for host in range(pipeline.stages) if host != stage]
+    return frozenset([*((stage, host) for host in others), *((host, stage) for host in others)])
+
+
+def _cut(pipeline: Pipeline, stage: int, pairs: Iterable[tuple[int, int]], rng: random.Random) -> Event:
     emulator = _emulator(pipeline)
     begin = time.time()
     emulator.cut = frozenset(pairs)

@@ -91,6 +91,7 @@ FAULTS: dict[str, Fault] = {
     "second process of a stage": Fault(processes.second_process, 10),
     "partition for 0.2 to 10 s": Fault(network.partition, 15, hosts=True),
     "partition one way": Fault(network.one_way, 15, hosts=True),
+    "power loss for 0.2 to 10 s": Fault(network.power_loss, 15, hosts=True),
     "connections reset": Fault(network.reset, 10, network.no_reset, hosts=True),
     "20 % loss for 60 s": Fault(network.slow(Link(loss=0.2), 60), 1, hosts=True, quiet=True),
     "50 ± 10 ms for 60 s": Fault(network.slow(Link(delay=0.04, jitter=0.02), 60), 1, hosts=True, quiet=True),

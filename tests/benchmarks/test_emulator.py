@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -72,3 +73,52 @@ def test_nothing_of_it_stays_behind() -> None:
         assert all(name in there for name in names)
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert not any(name in left for name in names)
+
+
+HEAR = """
+import socket, sys
+heard = socket.socket(type=socket.SOCK_DGRAM)
+heard.bind((sys.argv[1], 4712))
+print("bound", flush=True)
+while (word := heard.recv(99)) != b"end": print(word.decode(), flush=True)
+"""
+SAY = """
+import socket, sys
+for word in sys.argv[2:]: socket.socket(type=socket.SOCK_DGRAM).sendto(word.encode(), (sys.argv[1], 4712))
+"""
+
+
+def test_a_link_is_cut_in_one_direction_and_packets_are_lost() -> None:
+    with Emulator(3) as emulator:
+        hears = [*emulator.within(0), sys.executable, "-c", HEAR, emulator.address(0)]
+        with subprocess.Popen(hears, stdout=subprocess.PIPE, text=True) as hearing:
+            try:
+                assert hearing.stdout and hearing.stdout.readline() == "bound\n"
+
+                def say(host: int, *words: str) -> None:
+                    command = [*emulator.within(host), sys.executable, "-c", SAY, emulator.address(0), *words]
+                    subprocess.run(command, check=True, timeout=60)
+
+                def until_lost(count: int) -> None:
+                    end = time.monotonic() + 60
+                    while emulator.lost < count:
+                        assert time.monotonic() < end, emulator.lost
+                        time.sleep(0.01)
+
+                emulator.cut = frozenset({(1, 0)})
+                say(1, "cut")
+                until_lost(1)
+                say(2, "another host")
+                assert hearing.stdout.readline() == "another host\n"
+                emulator.cut = frozenset({(0, 1)})
+                say(1, "the other direction")
+                assert hearing.stdout.readline() == "the other direction\n"
+                emulator.cut, emulator.link = frozenset(), Link(loss=0.5)
+                say(2, *["half"] * 100)
+                until_lost(1 + 20)
+                emulator.link = Link()
+                say(2, "end")
+                heard = hearing.stdout.read().split()
+            finally:
+                hearing.kill()
+    assert heard == ["half"] * (101 - emulator.lost)
