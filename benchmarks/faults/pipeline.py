@@ -49,6 +49,8 @@ silence = {silence}
 hung = {hung}
 patience = 120.0
 restarts = 1000
+[security]
+keys = "{keys}"
 [output]
 run = "{run}"
 every = 0.5
@@ -92,9 +94,10 @@ class Pipeline:
             "hung": 6.0,
         }
         folder.mkdir(parents=True)
+        keys = self._keys() if emulator else ""
         addresses = str(self._addresses()).replace("'", '"')
         chosen |= settings
-        self.config.write_text(CONFIG.format(stages=stages, run=self.run, addresses=addresses, **chosen))
+        self.config.write_text(CONFIG.format(stages=stages, run=self.run, keys=keys, addresses=addresses, **chosen))
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._measure, daemon=True)
 
@@ -117,6 +120,13 @@ class Pipeline:
             for probe in probes:
                 probe.bind(("127.0.0.1", 0))
             return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
+
+    def _keys(self) -> Path:
+        """Hosts of their own may be reached by others: so their links are encrypted, and only stages are let in."""
+        folder = self.folder / "keys"
+        command = [sys.executable, "-m", "dnipipe", "keys", "new", str(folder), "--stages", str(self.stages)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return folder
 
     # -- processes ---------------------------------------------------------------------------------------------
 
