@@ -168,6 +168,8 @@ class Links(ZmqTransport):
         bond.theirs = link
         if new:
             self._introduce(side, anew=not bond.nonce)
+        elif bond.up and not bond.heard and time.monotonic() > bond.introduced + AGAIN / 2:
+            self._introduce(side, anew=False)  # it asks again: what would have brought it up was lost
         if link.seen == bond.nonce and not bond.up:
             both = (link.nonce, bond.nonce) if side is Side.PREVIOUS else (bond.nonce, link.nonce)
             edge.token, edge.sent, edge.received, edge.torn = "".join(both), 0, 0, False

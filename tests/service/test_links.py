@@ -248,3 +248,23 @@ def test_a_message_that_is_not_as_agreed_is_dropped_and_the_connection_begins_an
     upper.send(NEXT, activation(4))
     pair.until(lambda: pair.ids(lower) == [1, 4], [upper, lower])
     assert lower.dropped["not as agreed"] == 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_greeting_that_is_lost_is_said_again(pair: Pair, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who did not hear the other's answer would wait for ever, for the other is up already."""
+    one, other = pair.stage(first), pair.stage(1 - first)
+    real, lost = one._say, list[str]()
+
+    def say(to: Side, seen: str, refused: str = "") -> None:
+        if seen and not lost:
+            lost.append(seen)
+            one._bonds[to].introduced = time.monotonic()
+        else:
+            real(to, seen, refused)
+
+    monkeypatch.setattr(one, "_say", say)
+    pair.until_up(one, other)
+    other.send(side(other), Gradient(1, None))
+    pair.until(lambda: pair.ids(one) == [1], [one, other])
+    assert lost and not any(isinstance(event, Gone) for event in pair.said[one])
