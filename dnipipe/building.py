@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe import inputs, optim, predictors, split
-from dnipipe.config import Config, WireSettings, phases
+from dnipipe.config import Config, phases
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.execution import compile_forward, round_off, rounded
@@ -211,7 +211,7 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
 
 def wired(settings: Config, plan: Plan, index: int, transport: Transport) -> Transport:
     """The stage's transport, and around it what makes its tensors smaller on the way, if the settings ask for any."""
-    if settings.wire == WireSettings():
+    if not settings.wire.changes:
         return transport
     edges = {Side.PREVIOUS: index - 1, Side.NEXT: index}
     dtypes = {side: getattr(torch, plan.h(k)[0]) for side, k in edges.items() if 0 <= k < plan.stages - 1}

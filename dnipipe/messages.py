@@ -95,6 +95,7 @@ class Gradient:
     starved: bool = False  # the sender had been idle, waiting for this very activation
     scale: Tensor | None = None  # (B, ..., 1) of g's rows, as in Activation
     samples: Tensor | None = None  # (n,) int64: g (n, D...) is of these samples only, and of their mean loss
+    full: bool = False  # g was left out because the link was full, and newer ones waited (transport/backlog.py)
 
 
 @dataclass(frozen=True, eq=False)

@@ -261,6 +261,7 @@ def _opened(
         names=names,
         fits=expected(agreed.plan, settings.wire, meeting.rank),
         ring=KeyRing.of(settings.security.keys, meeting.rank),
+        spare=settings.wire.gradient_queue,
         packing=measured.clock.span("serialize"),
         full=measured.clock.span("wait_send"),
     )

@@ -178,7 +178,7 @@ class Stage:
         if pending is None or of is None or (g is not None and g.shape != of.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
         self.graphs.kept -= pending.graph is not None
-        why = "no gradient came"
+        why = "the link was full" if message.full else "no gradient came"
         if message.g is not None and not self._usable(message.g, batch, "gradient"):
             g, why = None, "gradient not finite"
         rule = self.rule.at(batch)

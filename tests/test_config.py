@@ -156,6 +156,14 @@ def test_the_embedded_default_is_valid() -> None:
             ],
             "wire.gradient_rows = 0.5 with rule.warmup_rule = zero: meanwhile each gradient goes on",
         ),
+        (
+            ["--rule.name", "delayed", "--wire.gradient_queue", "4"],
+            "wire.gradient_queue = 4 with rule.name = delayed: it does not only learn from gradients; leave",
+        ),
+        (
+            ["--rule.name", "synthetic", "--transport.kind", "gloo", "--wire.gradient_queue", "2"],
+            "wire.gradient_queue = 2 with transport.kind = gloo: it does not tell whether a link is full; use",
+        ),
         (["--rule.accumulate", "0"], "rule.accumulate = 0: expected at least 1"),
         (["--rule.reschedule", "-1"], "rule.reschedule = -1: expected at least 0"),
         (["--optimizer.beta1", "1"], "optimizer.beta1 = 1.0: expected at least 0.0 and at most 0.999"),

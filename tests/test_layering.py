@@ -126,8 +126,9 @@ def test_benchmarks_see_the_settings_and_the_command_line() -> None:
     """A cell is what a person can type; so what runs it needs nothing else of the package. And a trace may be drawn.
 
     But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of;
-    benchmarks/transport measures transports, and benchmarks/fuzz attacks them; and benchmarks/faults reads what
-    independent stages have written down, and starts them so that they can be told to fail.
+    benchmarks/transport measures transports, benchmarks/fuzz attacks them, and benchmarks/wire counts the bytes of what
+    is sent; and benchmarks/faults reads what independent stages have written down, and starts them so that they can be
+    told to fail.
     """
     allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
     parts = {
@@ -135,6 +136,7 @@ def test_benchmarks_see_the_settings_and_the_command_line() -> None:
         "transport": ("messages", "transport"),
         "faults": ("service",),
         "fuzz": ("codec", "expected", "keys", "messages", "split", "transport"),
+        "wire": ("wire",),
     }
     folder = PACKAGE.parent / "benchmarks"
     for path in folder.rglob("*.py"):

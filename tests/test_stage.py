@@ -433,6 +433,16 @@ def test_of_a_gradient_of_some_samples_exactly_those_are_learnt_from() -> None:
     assert told[0].shape == (3, 12) and torch.equal(told[0], told[1])
 
 
+def test_a_gradient_that_gave_way_teaches_nothing_and_is_counted() -> None:
+    learner = fixed(1.0)
+    stage = make_stages(layers(), lambda k: Synthetic(learner), SGD)[0]
+    (x, y), *_ = blobs(1)
+    list(stage.handle(Activation(1, x, y)))
+    assert list(stage.handle(Gradient(1, None, full=True))) == [] and stage.in_flight == 0
+    assert isinstance(learner.predictor, Fixed) and learner.predictor.taught == []
+    assert stage.metrics.skipped == {"the link was full": 1} and stage.updates == 1
+
+
 @pytest.mark.parametrize("samples", [[0, 6], [-1, 2], [], [0, 1, 2], [0.0, 1.0]], ids=str)
 def test_samples_that_the_batch_does_not_have_are_refused(samples: list[float]) -> None:
     stage = make_stages(layers(), lambda k: Synthetic(fixed()), SGD)[0]

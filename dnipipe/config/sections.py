@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union
 
 
@@ -213,6 +213,17 @@ class WireSettings:
     gradient_rows: float = setting(
         1.0, "synthetic: share of a gradient's samples that is carried, and teaches", low=1e-3, high=1.0
     )
+    gradient_queue: int = setting(
+        0,
+        "synthetic: gradients that may wait for a link that is full; of more, the oldest is not carried (0: none is "
+        "left out, and the stage waits)",
+        low=0,
+    )
+
+    @property
+    def changes(self) -> bool:
+        """Whether what arrives is another than what was sent, or less."""
+        return replace(self, gradient_queue=0) != WireSettings()
 
 
 @dataclass(frozen=True)

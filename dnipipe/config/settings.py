@@ -94,7 +94,7 @@ class Config:
         """Only what teaches may be left out: a gradient that would be applied is needed for each batch."""
         rule, wire, default = self.rule, self.wire, WireSettings()
         names = {name for _, name in phases(rule)}
-        for key in ("gradient_every", "gradient_rows"):
+        for key in ("gradient_every", "gradient_rows", "gradient_queue"):
             value, usual = getattr(wire, key), getattr(default, key)
             if value == usual:
                 continue
@@ -118,6 +118,11 @@ class Config:
             raise ConfigError(
                 f"wire.gradient_rows = {wire.gradient_rows} with rule.warmup_rule = zero: meanwhile each gradient goes "
                 "on to the stage before, whole; use rule.warmup_rule = local or scale"
+            )
+        if wire.gradient_queue and self.transport.kind != "zmq":
+            raise ConfigError(
+                f"wire.gradient_queue = {wire.gradient_queue} with transport.kind = {self.transport.kind}: it does not "
+                "tell whether a link is full; use transport.kind = zmq"
             )
 
     def _check_sync(self) -> None:

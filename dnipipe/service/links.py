@@ -130,6 +130,9 @@ class Links(ZmqTransport):
         if bond.up:
             self.events.append((side, Gone(why)))
         bond.up, bond.theirs, edge.token = False, None, ""
+        if edge.backlog:
+            self.dropped[f"Message that waited for room to {edge.name}, which is away"] += len(edge.backlog)
+            edge.backlog.clear()
 
     def _introduce(self, side: Side, anew: bool) -> None:
         bond = self._bonds[side]
@@ -198,7 +201,7 @@ class Links(ZmqTransport):
             self.dropped[f"{type(message).__name__} to {edge.name}, which is away"] += 1
             return
         try:
-            self._put(edge, message)
+            self._submit(edge, message)
         except (PeerLost, WaitTimeout) as error:
             self.dropped[f"{type(message).__name__} to {edge.name}, which is away"] += 1
             edge.lost, edge.deadline = "", None

@@ -193,6 +193,7 @@ def _opened(settings: Config, index: int, incarnation: int) -> Iterator[Links]:
         timeout=transport.timeout,
         max_message=transport.max_message * 2**20,
         ring=KeyRing.of(settings.security.keys, index),
+        spare=settings.wire.gradient_queue,
     )
     try:
         if index < len(addresses):

@@ -21,6 +21,7 @@ from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame, Header, checksum
 from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
 from dnipipe.transport import Side
+from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
 from dnipipe.transport.dropped import Dropped
 
@@ -63,9 +64,10 @@ def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) 
 
 
 WATCH_EVERY = 0.02  # seconds
+AHEAD = 2  # messages in front of which gradients wait: the one that is being written, and the next
 
 # as plain numbers: arithmetic on zmq's enumerations costs more than the call that they are for
-ONLY, MORE, READABLE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.POLLIN)
+ONLY, MORE, READABLE, WRITABLE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.POLLIN), int(zmq.POLLOUT)
 FIRST_OF_MANY = ONLY | MORE
 
 
@@ -76,6 +78,7 @@ class Edge:
         side: where the neighbour is; the one after this stage connects to us.
         lock: the keys of both ends; without, messages over tcp carry a checksum.
         dropped: counts what was not let in.
+        spare: gradients that may wait for room (Backlog); 0: whoever sends waits.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Edge:
         side: Side,
         lock: Lock | None,
         dropped: Dropped,
+        spare: int = 0,
     ) -> None:
         self.name, self.endpoint, self.side, self.lock, self.dropped = name, endpoint, side, lock, dropped
         self.file: Path | None = None  # that listening made
@@ -97,6 +101,7 @@ class Edge:
         self.refused = ""  # why the neighbour does not let us in; libzmq then tries no more
         self.torn = False  # messages are missing: what comes behind the gap is not handed out
         self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
+        self.backlog = Backlog(spare) if spare else None
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
         self.token = ""  # which messages from the neighbour are meant: of this run, or of this connection (service/)
         self.handshakes = 0  # connections there have been
@@ -111,6 +116,8 @@ class Edge:
         self.grace = GRACE[scheme]
         self._sealed = scheme == "tcp" and lock is None
         self._context, self._options = context, options(queue, limit, linger, scheme == "tcp", "[" in endpoint)
+        if spare:
+            self._options[zmq.SNDHWM] = AHEAD
         self._open()
 
     def _open(self) -> None:
@@ -158,6 +165,10 @@ class Edge:
         self._greeted, self.deadline = False, None
 
     # -- messages ----------------------------------------------------------------------------------------------
+
+    def has_room(self) -> bool:
+        """Whether `put` would succeed."""
+        return not self.held_back and bool(int(self.socket.get(zmq.EVENTS)) & WRITABLE)
 
     def put(self, frames: Sequence[Frame]) -> bool:
         """Frames, as `seal` made them. False if there is no room, or nobody to send to."""

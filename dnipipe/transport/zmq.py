@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import zmq
 
 from dnipipe import codec
 from dnipipe.codec import Frame, Header
-from dnipipe.errors import ConfigError, MessageError, WaitTimeout
+from dnipipe.errors import ConfigError, MessageError, PeerLost, WaitTimeout
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Message
 from dnipipe.transport import AT_EASE, Side
@@ -56,6 +57,7 @@ class ZmqTransport:
         names: what errors call the neighbours, e.g. {Side.NEXT: "stage 2"}.
         ring: this stage's keys; None: connections are neither authenticated nor encrypted.
         fits: raises MessageError for a message that is not as this side's edge agreed; such are dropped.
+        spare: gradients that may wait for room on their way up, while the stage goes on (Backlog); 0: `send` waits.
         packing, full: within these a message is written and read as frames, and `send` waits for room, so that its
             owner can tell one from the other.
     """
@@ -70,10 +72,11 @@ class ZmqTransport:
         names: Mapping[Side, str] | None = None,
         ring: KeyRing | None = None,
         fits: Fits = lambda side, message: None,
+        spare: int = 0,
         packing: AbstractContextManager[object] = AT_EASE,
         full: AbstractContextManager[object] = AT_EASE,
     ) -> None:
-        self.run, self.queue, self.timeout, self.max_message = run, queue, timeout, max_message
+        self.run, self.queue, self.timeout, self.max_message, self.spare = run, queue, timeout, max_message, spare
         self.names = {side: f"the {side.value} stage" for side in Side} | dict(names or {})
         self.packing, self.full = packing, full
         self.ring, self.fits = ring, fits
@@ -82,7 +85,7 @@ class ZmqTransport:
         self._context.set(zmq.MAX_SOCKETS, 32)  # two sockets, two monitors with two ends each, the doorkeeper's three
         self._doorkeeper = Doorkeeper(self._context, ring, self.dropped) if ring else None
         self._edges: dict[Side, Edge] = {}
-        self._pollers: dict[tuple[Side, ...], zmq.Poller] = {}  # made once: receive is called for every message
+        self._pollers: dict[tuple[Side | None, ...], zmq.Poller] = {}  # made once: receive is called for every message
         self._waker = Waker()
         self._closed = False
 
@@ -133,6 +136,7 @@ class ZmqTransport:
             side=side,
             lock=lock,
             dropped=self.dropped,
+            spare=self.spare if side is Side.PREVIOUS else 0,
         )
         edge.token = self.run
         self._edges[side] = edge
@@ -146,7 +150,23 @@ class ZmqTransport:
         edge = self._edges[side]
         edge.watch_now_and_then()
         self._check(edge)
-        self._put(edge, message)
+        self._submit(edge, message)
+
+    def _submit(self, edge: Edge, message: Message) -> None:
+        """To the socket, or to what waits for it; then only the queue's limit is waited for."""
+        if edge.backlog is None:
+            self._put(edge, message)
+            return
+        edge.backlog.append(message)
+        if not self._forward(edge):
+            self._wait_for_room(edge, lambda: self._forward(edge), zmq.POLLOUT, message)
+
+    def _forward(self, edge: Edge, most: int | None = None) -> bool:
+        """Hand over what waits, as far as there is room. Whether `most` messages, or the queue's limit, wait still."""
+        assert edge.backlog is not None
+        while edge.backlog and edge.has_room():
+            self._put(edge, edge.backlog.popleft())
+        return len(edge.backlog) <= (self.queue if most is None else most)
 
     def _put(self, edge: Edge, message: Message) -> None:
         with self.packing:
@@ -318,13 +338,15 @@ class ZmqTransport:
         return dict(poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends])))))
 
     def _poller(self, sides: Sequence[Side]) -> zmq.Poller:
-        """Wakes for messages from `sides`, for what the monitors tell, and for `wake`."""
-        key = tuple(sides)
+        """Wakes for messages from `sides`, what the monitors tell, `wake`, and room where something waits for it."""
+        waits = (side for side, edge in self._edges.items() if edge.backlog is not None and not self._forward(edge, 0))
+        full = [side for side in waits if not self._edges[side].held_back]
+        key = (*sides, None, *full)
         if key not in self._pollers:
             poller = self._pollers[key] = zmq.Poller()
-            for side in sides:
-                poller.register(self._edges[side].socket, zmq.POLLIN)
-            for edge in self._edges.values():
+            for side, edge in self._edges.items():
+                if flags := zmq.POLLIN * (side in sides) | zmq.POLLOUT * (side in full):
+                    poller.register(edge.socket, flags)
                 poller.register(edge.monitor, zmq.POLLIN)
             poller.register(self._waker.file, zmq.POLLIN)
         return self._pollers[key]
@@ -342,6 +364,9 @@ class ZmqTransport:
         self._closed = True
         self._waker.close()
         for edge in self._edges.values():
+            if edge.backlog:
+                with contextlib.suppress(PeerLost):
+                    self._until(edge, partial(self._forward, edge, 0), zmq.POLLOUT, LINGER)
             edge.close()
         if self._doorkeeper:
             self._doorkeeper.close()

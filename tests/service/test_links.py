@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,8 @@ class Pair:
         self.got: dict[Links, list[Message]] = {}
         self.settings = ("rule.name=local",)
 
-    def stage(self, k: int, incarnation: int = 1, run: str = "r") -> Links:
-        links = Links(k, 2, incarnation, self.settings, queue=64, timeout=LIMIT, max_message=2**20)
+    def stage(self, k: int, incarnation: int = 1, run: str = "r", spare: int = 0) -> Links:
+        links = Links(k, 2, incarnation, self.settings, queue=64, timeout=LIMIT, max_message=2**20, spare=spare)
         links.run_id = run
         self.made.append(links)
         self.said[links], self.got[links] = [], []
@@ -268,3 +269,15 @@ def test_a_greeting_that_is_lost_is_said_again(pair: Pair, first: int, monkeypat
     other.send(side(other), Gradient(1, None))
     pair.until(lambda: pair.ids(one) == [1], [one, other])
     assert lost and not any(isinstance(event, Gone) for event in pair.said[one])
+
+
+def test_what_waits_for_a_neighbour_that_is_given_up_is_dropped_and_counted(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1, spare=2)
+    pair.until_up(upper, lower)
+    waiting, batches = lower._edges[PREVIOUS].backlog, itertools.count(1)
+    assert waiting is not None
+    while len(waiting) < 5:  # nobody reads: once 64 have come and every buffer is full, they wait
+        lower.send(PREVIOUS, Gradient(next(batches), torch.zeros(2**17)))
+    left = len(waiting)
+    lower.give_up(PREVIOUS, "for a test")
+    assert not waiting and lower.dropped["Message that waited for room to stage 0, which is away"] == left

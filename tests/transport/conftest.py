@@ -46,9 +46,17 @@ class Zmq:
         self._names = itertools.count()
 
     def one(
-        self, run: str = "run", queue: int = 8, timeout: float = WAIT, limit: int = 2**26, ring: KeyRing | None = None
+        self,
+        run: str = "run",
+        queue: int = 8,
+        timeout: float = WAIT,
+        limit: int = 2**26,
+        ring: KeyRing | None = None,
+        spare: int = 0,
     ) -> ZmqTransport:
-        made = self.kind(run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"}, ring=ring)
+        made = self.kind(
+            run, queue=queue, timeout=timeout, max_message=limit, names={NEXT: "stage n"}, ring=ring, spare=spare
+        )
         self.made.append(made)
         return made
 
