@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class Window:
     """A fixed number of batches, or one that grows while the link's delay is what holds the stage up.
@@ -9,7 +11,8 @@ class Window:
     That is so when two things meet: this stage sat blocked with its window full, and the gradient that freed it says
     that the next stage had been starved, waiting for that very batch. Then both were idle at once, and only the way
     between them was busy. (A next stage that is merely slow is never starved, and a larger window would only queue.)
-    The window grows by half, and then waits for a round trip, a whole window of answers, to show the effect.
+    The window grows to a quarter more than would have kept the stage busy, since no two batches take equally long, and
+    at most to double; then it waits until what was under way has been answered, to see the effect.
 
     Args:
         size: batches; None starts at 2 and grows.
@@ -17,20 +20,33 @@ class Window:
     """
 
     START = 2
+    SPARE = 1.25
 
     def __init__(self, size: int | None, limit: int = 256) -> None:
         self.automatic = size is None
         self.limit = max(self.START, limit)
         self.size = self.START if size is None else size
         self._settling = 0
+        self._grown: tuple[float, float] | None = None  # `now` and `waited` when it last did
 
-    def answered(self, *, starved: bool, blocked: bool) -> None:
-        """A gradient came: the next stage had been `starved` for its batch; this one was `blocked` by a full window."""
+    def answered(self, *, starved: bool, blocked: bool, now: float, waited: float) -> None:
+        """A gradient came: the next stage had been `starved` for its batch; this one was `blocked` by a full window.
+
+        now: seconds, of any clock. waited: of these, those that a full window has cost so far.
+        """
         if self._settling > 0:
             self._settling -= 1
         elif self.automatic and starved and blocked and self.size < self.limit:
-            self.size = min(self.limit, self.size + max(1, self.size // 2))
-            self._settling = self.size
+            enough = math.ceil(self.SPARE * self.size / self._busy(now, waited))
+            self._settling, self._grown = self.size - 1, (now, waited)
+            self.size = min(self.limit, 2 * self.size, max(self.size + 1, enough))
+
+    def _busy(self, now: float, waited: float) -> float:
+        """Share of the time since the window last grew that the stage was not blocked; a half at least."""
+        if self._grown is None:
+            return 0.5
+        since, before = self._grown
+        return max(0.5, 1 - (waited - before) / (now - since)) if now > since else 0.5
 
 
 __all__ = ["Window"]

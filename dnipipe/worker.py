@@ -211,7 +211,9 @@ class Worker:
         if waited and isinstance(message, (Activation, Input)) and message.batch > self.stage.last_batch:
             self._starved.add(message.batch)
         if isinstance(message, Gradient):
-            self.window.answered(starved=message.starved, blocked=waited and not room)
+            clock = self.metrics.clock
+            times = {"now": clock.now(), "waited": clock.span("wait_window").seconds}
+            self.window.answered(starved=message.starved, blocked=waited and not room, **times)
         return message
 
     def _sides(self, room: bool) -> list[Side]:

@@ -1,5 +1,8 @@
 """The automatic window grows for the link's delay, and for nothing else."""
 
+from collections import deque
+
+import pytest
 import torch
 import torch.nn as nn
 
@@ -11,7 +14,7 @@ from dnipipe.window import Window
 
 def test_a_fixed_window_stays() -> None:
     window = Window(3)
-    window.answered(starved=True, blocked=True)
+    window.answered(starved=True, blocked=True, now=1.0, waited=1.0)
     assert window.size == 3
 
 
@@ -19,25 +22,50 @@ def test_it_grows_only_if_both_ends_were_idle() -> None:
     for starved, blocked in ((True, False), (False, True), (False, False)):
         window = Window(None)
         for _ in range(50):
-            window.answered(starved=starved, blocked=blocked)
+            window.answered(starved=starved, blocked=blocked, now=1.0, waited=0.0)
         assert window.size == Window.START
 
 
-def test_it_grows_to_cover_a_delay_and_settles() -> None:
-    """A link that holds 20 batches: while the window is smaller, a round trip leaves both ends idle once."""
+def begun(window: Window, step: float, delay: float, slower: float = 1.0, batches: int = 300) -> list[float]:
+    """When a stage begins each batch: one takes `step` seconds, and in the next stage `slower` times that."""
+    now = free = waited = 0.0  # free: when the next stage is
+    times: list[float] = []
+    answers: deque[tuple[float, bool]] = deque()  # when the gradient is here, and whether the next stage had starved
+    for _ in range(batches):
+        while answers and (answers[0][0] <= now or len(answers) >= window.size):
+            full = len(answers) >= window.size
+            at, starved = answers.popleft()
+            blocked = full and at > now
+            now, waited = max(now, at), waited + max(0.0, at - now)
+            window.answered(starved=starved, blocked=blocked, now=now, waited=waited)
+        times.append(now)
+        now += step
+        starved = now + delay > free
+        free = max(free, now + delay) + step * slower
+        answers.append((free + delay, starved))
+    return times
+
+
+@pytest.mark.parametrize(("step", "within"), [(0.2, 5), (0.1, 5), (0.05, 10), (0.02, 20), (0.01, 40), (0.005, 75)])
+def test_it_soon_covers_a_delay_and_takes_no_more_than_it_needs(step: float, within: int) -> None:
+    """100 ms each way: from then on hardly a batch waits, and the window is not much larger than it has to be."""
     window = Window(None)
-    for _ in range(20):
-        covered = window.size >= 20
-        window.answered(starved=not covered, blocked=not covered)
-        for _ in range(window.size):
-            window.answered(starved=False, blocked=False)
-    assert 20 <= window.size < 40
+    times = begun(window, step, delay=0.1)
+    assert times[-1] - times[within] < 1.02 * (len(times) - 1 - within) * step
+    assert window.size <= 1.5 * (0.2 / step + 2)
+
+
+def test_a_slow_next_stage_is_not_taken_for_a_delay() -> None:
+    """It is starved for its first batches alone: more under way would only queue."""
+    window = Window(None)
+    times = begun(window, 0.01, delay=0.001, slower=3.0)
+    assert window.size <= 4 and times[-1] - times[100] == pytest.approx(199 * 0.03)
 
 
 def test_it_stops_at_the_limit() -> None:
     window = Window(None, limit=5)
     for _ in range(200):
-        window.answered(starved=True, blocked=True)
+        window.answered(starved=True, blocked=True, now=1.0, waited=0.0)
     assert window.size == 5
 
 

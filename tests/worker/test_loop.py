@@ -145,7 +145,7 @@ def test_a_full_window_asks_the_script_for_nothing(bench: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("late", "starved", "size"), [(True, True, 3), (True, False, 2), (False, True, 2)], ids=["both", "late", "starved"]
+    ("late", "starved", "size"), [(True, True, 4), (True, False, 2), (False, True, 2)], ids=["both", "late", "starved"]
 )
 def test_an_automatic_window_grows_if_both_ends_were_idle(bench: Make, late: bool, starved: bool, size: int) -> None:
     """This stage, waiting with its window full, and the next one, starved for the batch that it now answers."""
