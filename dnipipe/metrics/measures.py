@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dnipipe.metrics.clock import LABELS, Clock, spending
-from dnipipe.metrics.memory import peak_memory
+from dnipipe.metrics.memory import memory, peak_memory
 
 FOLD = 256  # gradients whose dot products are kept one by one
 COMPARED = 4  # one gradient in so many is compared with its prediction: it costs a tenth of a millisecond
@@ -136,6 +136,8 @@ class StageMetrics:
             "dropped": self.dropped.total(),
             **spent,
         }
+        if (now := memory()) is not None:
+            found["memory"] = now
         self._before, self._all, self._lately, self._evaluation = after, self._all + lately, _Sums(), {}
         return _finite(found)
 

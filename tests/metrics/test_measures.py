@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -189,3 +191,11 @@ def test_how_many_batches_were_updated_on_at_once() -> None:
     assert metrics.numbers(0, 1)["at_once"] == 0.25
     metrics.trained(5, 8)
     assert metrics.numbers(0, 1)["at_once"] == 1 and metrics.totals()["at_once"] == 0.4
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say it there")
+def test_a_line_says_how_much_memory_the_process_has() -> None:
+    before = measured().numbers(0, 1)["memory"]
+    held = torch.ones(2**24)  # 64 MiB
+    assert 2**25 < measured().numbers(0, 1)["memory"] - before < 2**27
+    del held
