@@ -1,0 +1,1 @@
+"""What fewer bytes on the wire cost: accuracy against bytes a batch."""
