@@ -17,6 +17,7 @@ the kernel's buffers when a connection ends while the queue is full. So a stage 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
