@@ -65,6 +65,7 @@ class _Bond:
     introduced: float = 0.0  # when the last Link was sent
     incarnation: int = 0  # the highest that was heard
     heard: float = 0.0  # when it last said anything but a Link; 0: not yet, on this connection
+    silent_since: float = 0.0  # when it last said anything, if it was given up and its connection stands
     silences: deque[float] = field(default_factory=partial(deque, maxlen=RECENT))  # seconds before each thing it said
 
 
@@ -121,15 +122,22 @@ class Links(ZmqTransport):
         return max(self._bonds[side].silences, default=0.0)
 
     def give_up(self, side: Side, why: str) -> None:
-        """The owner's verdict on a neighbour that is connected: away, until it answers a new Link."""
+        """The owner's verdict on a neighbour that is connected: away, until it answers a new Link.
+
+        If it does over the same connection it was only slow, and how long counts as any silence: so a busy stage is not
+        given up again and again.
+        """
+        bond = self._bonds[side]
+        heard = bond.heard
         self._lose(side, why)
+        bond.silent_since = heard
         self._introduce(side, anew=True)
 
     def _lose(self, side: Side, why: str) -> None:
         bond, edge = self._bonds[side], self._edges[side]
         if bond.up:
             self.events.append((side, Gone(why)))
-        bond.up, bond.theirs, edge.token = False, None, ""
+        bond.up, bond.theirs, bond.silent_since, edge.token = False, None, 0.0, ""
         if edge.backlog:
             self.dropped[f"Message that waited for room to {edge.name}, which is away"] += len(edge.backlog)
             edge.backlog.clear()
@@ -176,6 +184,8 @@ class Links(ZmqTransport):
         if link.seen == bond.nonce and not bond.up:
             both = (link.nonce, bond.nonce) if side is Side.PREVIOUS else (bond.nonce, link.nonce)
             edge.token, edge.sent, edge.received, edge.torn = "".join(both), 0, 0, False
+            if bond.silent_since:
+                bond.silences.append(time.monotonic() - bond.silent_since)
             bond.up, bond.heard = True, 0.0
             self.events.append((side, Up(link)))
 

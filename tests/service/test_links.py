@@ -210,6 +210,31 @@ def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
     assert upper.longest(NEXT) >= 0.1
 
 
+def test_the_silence_of_one_that_was_given_up_and_only_slow_counts(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    lower.send(PREVIOUS, Gradient(1, None))
+    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    time.sleep(0.1)
+    upper.give_up(NEXT, "it hangs")
+    time.sleep(0.2)
+    pair.until_up(upper, lower)
+    assert upper.longest(NEXT) >= 0.3
+
+
+def test_how_long_one_was_dead_is_no_silence(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    lower.send(PREVIOUS, Gradient(1, None))
+    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    longest = upper.longest(NEXT)
+    lower.close()
+    pair.until(lambda: not upper.up(NEXT), [upper])
+    time.sleep(0.3)
+    pair.until_up(upper, pair.stage(1, incarnation=2))
+    assert upper.longest(NEXT) == longest
+
+
 def test_who_keeps_sending_garbage_is_cut_off_and_the_neighbour_comes_through(pair: Pair) -> None:
     upper = pair.stage(0)
     with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
