@@ -1,7 +1,7 @@
 """A message as frames, and back: one small header, then the raw bytes of each tensor.
 
     frame 0   seq, batch   8 bytes each: what differs from one message to the next
-              then msgpack {"protocol": 4, "run": …, "type": "Activation",
+              then msgpack {"protocol": 5, "run": …, "type": "Activation",
                             "fields": {"x": ["int8", [32, 128]], "y": ["int64", [32]], "scale": ["float32", [32, 1]]}}
     frame 1   the bytes of x                    frame 2   the bytes of y                  frame 3   those of scale
 

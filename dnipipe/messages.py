@@ -18,7 +18,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Received:
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """Independent stages: what both say first when a connection between them is made (service/links.py)."""
+    """Independent stages: what both say first when a connection is made, and every second (service/links.py)."""
 
     stage: int  # who speaks
     stages: int  # K
@@ -144,6 +144,7 @@ class Link:
     nonce: str  # of this connection, made by the speaker
     seen: str  # the listener's nonce, if the speaker has heard it
     refused: str = ""  # why the speaker will not have the listener
+    sent: int = 0  # messages that the speaker has sent on this connection
     protocol: int = PROTOCOL
 
 

@@ -58,6 +58,7 @@ EXAMPLES: list[Message] = [
     Received(15),
     Link(1, 4, 3, "0123abcd", ("model.width=96",), 40, "a1", "b2"),
     Link(1, 4, 3, "", (), 0, "a1", "", "incarnation 4 of stage 2 has taken its place"),
+    Link(1, 4, 3, "0123abcd", (), 40, "a1", "b2", sent=7),
     Agreed(torch.tensor([123, 125], dtype=torch.uint8)),
     Farewell(40),
 ]
@@ -122,7 +123,7 @@ def test_header_is_what_the_drawing_says() -> None:
     frames = codec.encode(Activation(7, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), "run", 5)
     plain = {"x": ["float32", [2, 3]], "y": ["int64", [2]], "scale": None}
     assert frames[0][:16] == bytes([5, *[0] * 7, 7, *[0] * 7])
-    assert msgpack.unpackb(frames[0][16:]) == {"protocol": 4, "run": "run", "type": "Activation", "fields": plain}
+    assert msgpack.unpackb(frames[0][16:]) == {"protocol": 5, "run": "run", "type": "Activation", "fields": plain}
     assert [len(frame) for frame in frames[1:]] == [24, 16]
 
 

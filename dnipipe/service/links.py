@@ -3,7 +3,8 @@
     connected ──► Link(nonce a, seen "") ─►       each side makes a nonce for the connection and says it; it
               ◄── Link(nonce b, seen a)  ──       answers the other's, and is up once the other has heard of its own
               ──► Link(nonce a, seen b)  ─►
-    up            every message carries both nonces, in the place of a run's token, and is numbered from 0
+    up            every message carries both nonces, in the place of a run's token, and is numbered from 0; a Link every
+                  second says how many there were, so that a loss is seen though nothing follows
     gone          the connection ended, a message is missing, bytes are none, or the owner says that nothing moves
 
 So a message of an older connection, or of a process that was replaced, is never taken for a new one's: it is dropped
@@ -32,7 +33,7 @@ from dnipipe.transport.zmq import ZmqTransport
 
 RECENT = 100  # silences of a neighbour that are remembered
 GRACE = 0.05  # seconds, over tcp too: a new connection is a new bond in any case, so there is nothing to wait for
-AGAIN = 1.0  # seconds between two Links to a neighbour that is connected and has not answered
+AGAIN = 1.0  # seconds between two Links to a neighbour that is connected
 GREETING = "link"  # the token of a Link; every other message carries its connection's
 
 
@@ -153,7 +154,10 @@ class Links(ZmqTransport):
         bond.introduced = time.monotonic()
         me = self.stage, self.stages, self.incarnation, self.run_id, self.settings, self.last
         edge = self._edges[side]
-        edge.put(edge.seal(codec.encode(Link(*me, bond.nonce, seen, refused), GREETING, 0)))  # no room: again later
+        sent = edge.sent if bond.up else 0
+        edge.put(
+            edge.seal(codec.encode(Link(*me, bond.nonce, seen, refused, sent), GREETING, 0))
+        )  # no room: again later
 
     def _heard_link(self, side: Side, link: Link) -> None:
         """Raises HandshakeError if they do not belong together, Replaced if it knows a newer process of this stage."""
@@ -176,12 +180,14 @@ class Links(ZmqTransport):
         if new and bond.up:
             self._lose(side, f"stage {bond.stage} connected anew")
             bond.nonce = secrets.token_hex(8)
+        if bond.up:
+            if link.seen == bond.nonce and (lost := link.sent - edge.received - len(edge.kept)) > 0:
+                self.give_up(side, f"{lost} messages of {edge.name} were lost on the way{edge.dropped_so_far()}")
+            return
         bond.theirs = link
         if new:
             self._introduce(side, anew=not bond.nonce)
-        elif bond.up and not bond.heard and time.monotonic() > bond.introduced + AGAIN / 2:
-            self._introduce(side, anew=False)  # it asks again: what would have brought it up was lost
-        if link.seen == bond.nonce and not bond.up:
+        if link.seen == bond.nonce:
             both = (link.nonce, bond.nonce) if side is Side.PREVIOUS else (bond.nonce, link.nonce)
             edge.token, edge.sent, edge.received, edge.torn = "".join(both), 0, 0, False
             if bond.silent_since:
@@ -233,10 +239,10 @@ class Links(ZmqTransport):
         elif edge.deadline is not None and time.monotonic() >= edge.deadline:
             edge.deadline = None
             self._lose(side, f"{edge.name} is gone: its process ended, or the connection broke")
-        elif not bond.up and time.monotonic() > bond.introduced + AGAIN:
+        elif time.monotonic() > bond.introduced + AGAIN:
             if edge.connected:
                 self._introduce(side, anew=False)
-            elif edge.refused:
+            elif edge.refused and not bond.up:
                 bond.introduced = time.monotonic()
                 self.dropped.note("not let in there", edge.refused)
                 edge.dial()

@@ -160,6 +160,17 @@ def test_a_gap_ends_the_connection_and_nothing_behind_it_is_taken(pair: Pair) ->
     assert pair.ids(lower) == [1, 4] and lower.dropped["behind a gap"] == 1
 
 
+def test_what_is_lost_at_the_end_is_missed_though_nothing_follows(pair: Pair) -> None:
+    """A window that is full of it would never be empty again."""
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    upper.send(NEXT, activation(1))
+    upper._edges[NEXT].sent += 2  # as if the network had lost two
+    pair.until(lambda: len(pair.said[upper]) > 2 and len(pair.said[lower]) > 2, [upper, lower])
+    assert "2 messages of stage 0 were lost on the way" in str(pair.said[lower])
+    assert [type(event) for event in pair.said[upper]][:3] == [Up, Gone, Up] and pair.ids(lower) == [1]
+
+
 def test_one_that_is_given_up_is_asked_again(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
     pair.until_up(upper, lower)
