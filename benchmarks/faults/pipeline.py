@@ -177,7 +177,7 @@ class Pipeline:
         for process in ours:
             if process.poll() is None:
                 process.terminate()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + LIMIT  # a machine that is busy
         for process in ours:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
@@ -188,6 +188,8 @@ class Pipeline:
             self.left += 1
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        while _naming(str(self.config)):  # its files are about to be removed
+            time.sleep(0.01)
 
     def _measure(self) -> None:
         while not self._ended.wait(SAMPLE):
