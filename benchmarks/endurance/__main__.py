@@ -74,11 +74,12 @@ def report(stages: Sequence[Sequence[dict[str, Any]]], batches: int, command: st
             own = [line for line in lines if first < line["batch"] <= last and line["batches"]]
             entries += [*_entries(own)] if own else ["–"] * 3
         rows.append(entries)
-    titles = ("overhead, µs a batch", "all it does, µs a batch", "memory, MiB")
+    titles = ("µs a batch", "overhead, % of that", "memory, MiB")
     head = ["batches", *(f"stage {k}: {title}" for k in range(len(stages)) for title in titles)]
     about = (
         f"Measured {time.strftime('%Y-%m-%d')} on {processor()}, load {os.getloadavg()[0]:.1f}. Times are the "
-        "processor's: of the stage's own thread; overhead as docs/files.md has it.\n"
+        "processor's, of the stage's own thread, so they grow when others want its caches; overhead as in "
+        "docs/files.md.\n"
     )
     return f"# {batches:,} batches of a tiny model\n\n    {command}\n\n{about}\n{markdown(head, rows)}"
 
@@ -88,7 +89,8 @@ def _entries(lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
     spent = {name: sum(line[name] for line in lines) for name in lines[0] if name.startswith("processor.")}
     overhead = sum(spent[f"processor.{label}"] for label in OVERHEAD)
     memory = f"{lines[-1]['memory'] / 2**20:.0f}" if "memory" in lines[-1] else "–"
-    return f"{1e6 * overhead / count:.0f}", f"{1e6 * sum(spent.values()) / count:.0f}", memory
+    every = sum(spent.values())
+    return f"{1e6 * every / count:.0f}", f"{100 * overhead / every:.1f}", memory
 
 
 if __name__ == "__main__":
