@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from benchmarks.cells import Cell, Records
 from benchmarks.grid import Grid
-from benchmarks.time_to_loss.race import PROBE, RACE, Course, Runs
+from benchmarks.time_to_loss.race import PROBE, RACE, Course, Run, Runs
 from benchmarks.time_to_loss.study import (
-    SCHEDULES,
+    NO_SPLIT,
+    SPLITS,
     SYNC,
     Setting,
+    Split,
     Task,
     best,
     curve,
@@ -21,7 +23,7 @@ from benchmarks.time_to_loss.study import (
     target,
 )
 
-PROBED, STEPS = 1024, 12  # of a probe: samples of a decoupled system, steps of a synchronous one
+PROBED, STEPS = 4096, 12  # of a probe: samples of a decoupled system, steps of a synchronous one
 MARGIN = 1.25  # a race is so many times as long as the search run took to the target
 
 
@@ -60,26 +62,33 @@ class Contest:
         """
         rate = self.task.rates[min(self.task.rates)][0]
         for system in self.systems:
-            for batch in self.task.choices(system):
-                for schedule in SCHEDULES if system == SYNC else ("",):
+            for batch in self.task.batches:
+                for split in SPLITS if system == SYNC else (NO_SPLIT,):
                     for delay in self.delays if system == SYNC else self.delays[:1]:
-                        yield system, Setting(batch, rate, schedule), delay
+                        yield system, Setting(batch, rate, split), delay
 
     def searches(self, runs: Runs) -> Iterator[Cell]:
         """As late as the links make a gradient, by the probes; backprop's runs too, which set the target."""
         for system in dict.fromkeys((SYNC, *self.systems)):
-            for batch in self.task.choices(system):
+            for batch in self.task.batches:
                 for late in sorted({self.late(system, batch, delay, runs) for delay in self.delays}):
                     yield from (c for c in search(self.name, self.task, system, late) if c.labels["batch"] == batch)
 
     def late(self, system: str, batch: int, delay: float, runs: Runs) -> int:
-        return 0 if system == SYNC else lateness(system, delay, batch * self.pace(system, batch, delay, runs)[0])
+        if system == SYNC:
+            return 0
+        (run,) = self._probed(system, batch, delay, runs)
+        return lateness(system, delay, batch * run.pace, run.staleness or 0.0)
 
-    def pace(self, system: str, batch: int, delay: float, runs: Runs) -> tuple[float, str]:
-        """(seconds a sample, schedule): of the schedule that is faster over this link."""
+    def pace(self, system: str, batch: int, delay: float, runs: Runs) -> tuple[float, Split]:
+        """Seconds a sample, of the split that is the fastest over this link."""
+        return min((run.pace, run.setting.split) for run in self._probed(system, batch, delay, runs))
+
+    def _probed(self, system: str, batch: int, delay: float, runs: Runs) -> list[Run]:
+        """One; of `sync` one a split."""
         at = delay if system == SYNC else self.delays[0]
-        found = [run for run in runs.of(PROBE, self.name, system, at) if run.setting.batch == batch]
-        return min((run.pace, run.setting.schedule) for run in found)
+        newest = {run.setting: run for run in runs.of(PROBE, self.name, system, at) if run.setting.batch == batch}
+        return list(newest.values())
 
     def choice(self, system: str, delay: float, runs: Runs, records: Records) -> tuple[Setting, int]:
         """The setting that is expected to be at the target first, and samples that are enough.
@@ -87,7 +96,7 @@ class Contest:
         If none came to the target in the search: the one with the lowest loss at its end, for as long.
         """
         task, cells = self.task, []
-        for batch in task.choices(system):
+        for batch in task.batches:
             pace, _ = self.pace(system, batch, delay, runs)
             for cell in search(self.name, task, system, self.late(system, batch, delay, runs)):
                 if cell.labels["batch"] == batch:
@@ -97,10 +106,10 @@ class Contest:
         found = best(cells, records, loss)
         cell = found[0] if found else min((c for c, _ in cells), key=lambda c: _end(c, records))
         setting = Setting(int(str(cell.labels["batch"])), str(cell.labels["rate"]))
-        schedule = self.pace(system, setting.batch, delay, runs)[1]
+        split = self.pace(system, setting.batch, delay, runs)[1]
         samples = needed(records.of(cell), loss) or task.samples
         whole = -(-min(MARGIN * samples, task.samples) // task.every) * task.every
-        return Setting(setting.batch, setting.rate, schedule), int(whole)
+        return Setting(setting.batch, setting.rate, split), int(whole)
 
     def _run(
         self,

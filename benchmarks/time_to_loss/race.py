@@ -26,7 +26,7 @@ from benchmarks.time_to_loss.study import STAGES, SYSTEMS, Curve, Setting, Task,
 EVERY = 0.1  # seconds between two lines of metrics
 PROBE = "probe"
 RACE = "race"
-SKIPPED = 0.25  # part of a probe before its pace counts: connecting, and a window that grows
+SKIPPED = 0.25  # part of a run before its pace and staleness count: connecting, and a window that grows
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,13 @@ class Runs:
         return [run for run in self.all if (run.kind, run.task, run.system, run.delay) == wanted]
 
     def raced(self, task: str) -> list[Run]:
-        """By delay and system."""
-        own = [run for run in self.all if (run.kind, run.task) == (RACE, task)]
-        return sorted(own, key=lambda run: (run.delay, SYSTEMS.index(run.system)))
+        """By delay and system. Of a system that was raced again, because another setting was chosen, the newest."""
+        newest = {
+            (run.delay, SYSTEMS.index(run.system), run.seed): run
+            for run in self.all
+            if (run.kind, run.task) == (RACE, task)
+        }
+        return [newest[place] for place in sorted(newest)]
 
     def add(self, run: Run) -> None:
         self.all.append(run)
@@ -82,7 +86,9 @@ class Runs:
 
 
 def _run(values: dict[str, Any]) -> Run:
-    return Run(setting=Setting(**values.pop("setting")), **values)
+    setting = values.pop("setting")
+    schedule, number = setting["split"]
+    return Run(setting=Setting(setting["batch"], setting["rate"], (schedule, number)), **values)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,6 @@ class Course:
             output = (f"--output.run={run}", f"--output.every={EVERY}", "--output.quiet=true")
             self.where.train([*given, "--data.root", os.path.abspath(self.root), *output], STAGES, Link(delay=delay))
             lines = [_lines(run / "metrics" / f"stage-{k}.jsonl") for k in range(STAGES)]
-            summary = json.loads((run / "summary.json").read_text())
         return Run(
             kind,
             name,
@@ -114,7 +119,7 @@ class Course:
             seed,
             samples,
             pace(lines[-1], setting.batch),
-            summary["stage"][0]["staleness"],
+            staleness(lines[0]),
             points(lines[0], lines[-1], setting.batch),
             self.links,
             " ".join(["dnipipe train", *given, "--data.root", DATA[task.data]]),
@@ -129,6 +134,13 @@ def pace(lines: Sequence[dict[str, float]], batch: int) -> float:
     if last == first:
         return ended / (last * batch)  # too short to leave a part out
     return (ended - began) / ((last - first) * batch)
+
+
+def staleness(lines: Sequence[dict[str, float]]) -> float | None:
+    """Mean of a stage, updates, behind the first part of the run. None: no gradient came."""
+    late = [line for line in lines if "staleness" in line and line["batch"] >= SKIPPED * lines[-1]["batch"]]
+    batches = sum(line["batches"] for line in late)
+    return sum(line["staleness"] * line["batches"] for line in late) / batches if batches else None
 
 
 def points(first: Sequence[dict[str, float]], last: Sequence[dict[str, float]], batch: int) -> list[list[float]]:
@@ -161,4 +173,4 @@ def _lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-__all__ = ["PROBE", "RACE", "Course", "Run", "Runs", "pace", "points", "through"]
+__all__ = ["PROBE", "RACE", "Course", "Run", "Runs", "pace", "points", "staleness", "through"]

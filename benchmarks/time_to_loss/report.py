@@ -9,8 +9,8 @@ from statistics import median
 from benchmarks.cells import Records
 from benchmarks.plots import Line, Plot
 from benchmarks.tables import MISSING, markdown
-from benchmarks.time_to_loss.race import RACE, Run, Runs
-from benchmarks.time_to_loss.study import MICRO, SYNC, SYSTEMS, Task, reached, target
+from benchmarks.time_to_loss.race import Run, Runs
+from benchmarks.time_to_loss.study import SYNC, SYSTEMS, UNIT, Task, reached, target
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def rows(name: str, task: Task, runs: Runs, records: Records) -> list[Row]:
         return []
     found = []
     for delay in dict.fromkeys(run.delay for run in runs.raced(name)):
-        own = {s: mine for s in SYSTEMS if (mine := runs.of(RACE, name, s, delay))}
+        here = [run for run in runs.raced(name) if run.delay == delay]
+        own = {s: mine for s in SYSTEMS if (mine := [run for run in here if run.system == s])}
         paces = [run.pace for system, mine in own.items() if system != SYNC for run in mine]
         seconds = {system: _seconds(mine, loss) for system, mine in own.items()}
         known = {system: one for system, one in seconds.items() if one is not None}
@@ -57,15 +58,14 @@ def _seconds(runs: Sequence[Run], loss: float) -> float | None:
 
 def tables(name: str, task: Task, runs: Runs, records: Records) -> str:
     """One task's, in Markdown."""
-    loss = target(name, task, records)
-    if loss is None:
+    loss, links = target(name, task, records), rows(name, task, runs, records)
+    if loss is None or not links:
         return f"## {name}\n\nNothing has been raced yet.\n"
-    links = rows(name, task, runs, records)
     systems = [system for system in SYSTEMS if any(system in row.seconds for row in links)]
     head = ["seconds", *(f"{1000 * row.delay:g} ms one way" for row in links)]
     body = [[f"`{system}`", *(_entry(row, system) for row in links)] for system in systems]
     body.append(["first", *(f"`{row.first}`" for row in links)])
-    body.append([f"round trip / time of {MICRO} samples", *(f"{row.samples / MICRO:.1f}" for row in links)])
+    body.append([f"round trip / time of {UNIT} samples", *(f"{row.samples / UNIT:.1f}" for row in links)])
     text = (
         f"## {name}: seconds to a validation loss of {loss:.4f}\n\nBackprop's best of its search after {task.target} "
         f"samples. In brackets the seconds of `{SYNC}` divided by it: above 1 it is ahead.\n\n{markdown(head, body)}"
@@ -114,7 +114,7 @@ def plots(name: str, task: Task, runs: Runs, records: Records) -> list[Plot]:
     ratios: dict[str, Line] = {}
     for system in SYSTEMS:
         known = [
-            (row.samples / MICRO, sync / own)
+            (row.samples / UNIT, sync / own)
             for row in links
             if (own := row.seconds.get(system)) is not None and (sync := row.seconds[SYNC]) is not None
         ]
@@ -125,7 +125,7 @@ def plots(name: str, task: Task, runs: Runs, records: Records) -> list[Plot]:
         Plot(f"{name}-loss", "seconds", f"{name}: validation loss", panels),
         Plot(
             f"{name}-map",
-            f"round trip / time of {MICRO} samples",
+            f"round trip / time of {UNIT} samples",
             f"sync's seconds{level} / own",
             {name: ratios},
             marks=True,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from benchmarks.cells import Cell, Record, Records
 
 STAGES = 2
-MICRO = 8  # samples of a micro-batch of a synchronous step
-LATE = (0, 1, 4, 16, 64)  # batches a hop in the laboratory; what the links make goes to the nearest
+UNIT = 8  # samples in whose time the map counts a round trip
+LATE = (0, 1, 2, 4, 16, 64)  # batches a hop in the laboratory; what the links make goes to the nearest
 SYNC = "sync"
 DECOUPLED = {
     "blend": ("--rule.name", "blend"),
@@ -23,8 +23,16 @@ DECOUPLED = {
     "local": ("--rule.name", "local"),
     "delayed-4": ("--rule.name", "delayed", "--rule.accumulate", "4"),
 }
+ACCUMULATED = {"delayed-4": 4}  # batches an update; of the others 1
 SYSTEMS = (SYNC, *DECOUPLED)
-SCHEDULES = ("1f1b", "gpipe")  # of rule.name = sync; what they learn is the same, so a probe chooses
+Split = tuple[str, int]  # of rule.name = sync: the schedule, and M
+SPLITS: tuple[Split, ...] = (
+    ("1f1b", 2),
+    ("1f1b", 4),
+    ("gpipe", 2),
+    ("gpipe", 4),
+)  # all learn the same: a probe chooses
+NO_SPLIT: Split = ("", 0)
 Curve = list[tuple[float, float]]  # samples or seconds, and the validation loss there
 
 
@@ -35,7 +43,7 @@ class Task:
     data: data.name.
     rates: samples a batch -> learning rates that are tried, as many for each: larger batches want larger ones.
     boundary: first layer of stage 1.
-    batches: of dnipipe, samples. microbatches: M, of a synchronous step.
+    batches: samples between two updates of dnipipe and of a synchronous pipeline.
     samples: of a search run. target: samples after which backprop's best loss is the target.
     every: samples between evaluations.
     """
@@ -45,18 +53,13 @@ class Task:
     rates: Mapping[int, tuple[str, ...]]
     boundary: int = 2
     batches: tuple[int, ...] = (8, 32)
-    microbatches: tuple[int, ...] = (4, 16)
     samples: int = 10240
     target: int = 6144
     every: int = 1024
 
-    def choices(self, system: str) -> tuple[int, ...]:
-        """Batches that are tried, in samples."""
-        return tuple(MICRO * m for m in self.microbatches) if system == SYNC else self.batches
-
     def quick(self) -> Task:
         """The same with one setting a system and few samples: it shows that all works, and compares nothing."""
-        one = replace(self, rates={32: self.rates[32][:1]}, batches=(32,), microbatches=(4,))
+        one = replace(self, rates={32: self.rates[32][:1]}, batches=(32,))
         return replace(one, samples=1024, target=512, every=256)
 
 
@@ -64,26 +67,27 @@ TASKS = {
     "lm": Task(
         "benchmarks/time_to_loss/lm.toml",
         "text",
-        {8: ("1.5e-3", "3e-3", "6e-3"), 32: ("3e-3", "6e-3", "1.2e-2"), 128: ("3e-3", "6e-3", "1.2e-2")},
+        {8: ("1.5e-3", "3e-3", "6e-3"), 32: ("3e-3", "6e-3", "1.2e-2")},
     ),
     "mnist": Task(
         "benchmarks/time_to_loss/mnist.toml",
         "mnist",
-        {8: ("3e-4", "1e-3", "3e-3"), 32: ("1e-3", "3e-3", "1e-2"), 128: ("1e-3", "3e-3", "1e-2")},
+        {8: ("3e-4", "1e-3", "3e-3"), 32: ("1e-3", "3e-3", "1e-2")},
     ),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a system trains: samples a batch, learning rate, and of `sync` the schedule."""
+    """How a system trains: samples a batch, learning rate, and of `sync` the schedule and its M micro-batches."""
 
     batch: int
     rate: str
-    schedule: str = ""
+    split: Split = NO_SPLIT
 
     def __str__(self) -> str:
-        cut = f", {self.schedule} with M = {self.batch // MICRO}" if self.schedule else ""
+        schedule, number = self.split
+        cut = f", {schedule} with M = {number}" if schedule else ""
         return f"lr {self.rate}, batch {self.batch}{cut}"
 
 
@@ -92,7 +96,8 @@ def words(task: Task, system: str, setting: Setting, samples: int, seed: int = 0
     batch = setting.batch
     own: tuple[str, ...] = DECOUPLED.get(system, ())
     if system == SYNC:
-        own = ("--rule.name", SYNC, "--sync.schedule", setting.schedule, "--sync.microbatches", str(batch // MICRO))
+        schedule, number = setting.split
+        own = ("--rule.name", SYNC, "--sync.schedule", schedule, "--sync.microbatches", str(number))
     return (
         *own,
         *("--pipeline.stages", str(STAGES), "--pipeline.boundaries", str(task.boundary)),
@@ -103,7 +108,7 @@ def words(task: Task, system: str, setting: Setting, samples: int, seed: int = 0
 
 def search(name: str, task: Task, system: str, late: int) -> Iterator[Cell]:
     """The runs that tell what a system needs to the target: one a batch and rate. Backprop: one process, one stage."""
-    for batch in task.choices(system):
+    for batch in task.batches:
         for rate in task.rates[batch]:
             labels = {"system": system, "late": late, "batch": batch, "rate": rate}
             yield Cell(name, labels, task.config, _laboratory(task, system, Setting(batch, rate), late))
@@ -117,11 +122,19 @@ def _laboratory(task: Task, system: str, setting: Setting, late: int) -> tuple[s
     return ("--rule.name", "wait", "--pipeline.stages", "1", *behind, "--transport.kind", "local")
 
 
-def lateness(system: str, delay: float, batch_seconds: float) -> int:
-    """Batches a hop, of LATE: one-way delay over a batch's time. No gradient counts for `local` and for `sync`."""
+def lateness(system: str, delay: float, batch_seconds: float, staleness: float) -> int:
+    """Batches a hop, of LATE. No gradient counts for `local`, and none is late for `sync`.
+
+    Half of what a gradient is late by without a delay, for it and its activation have a hop each; and the one-way delay
+    over a batch's time.
+
+    Args:
+        staleness: updates, without a delay.
+    """
     if system in (SYNC, "local"):
         return 0
-    return min(LATE, key=lambda late: abs(late - delay / batch_seconds))
+    hop = staleness * ACCUMULATED.get(system, 1) / 2 + delay / batch_seconds
+    return min(LATE, key=lambda late: abs(late - hop))
 
 
 def curve(record: Record) -> Curve:

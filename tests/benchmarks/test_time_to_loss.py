@@ -14,9 +14,10 @@ from benchmarks.cells import ROOT, Cell, Records
 from benchmarks.throughput.places import Here
 from benchmarks.time_to_loss.__main__ import main
 from benchmarks.time_to_loss.contest import Contest
-from benchmarks.time_to_loss.race import PROBE, RACE, Course, Run, Runs, pace, points
+from benchmarks.time_to_loss.race import PROBE, RACE, Course, Run, Runs, pace, points, staleness
 from benchmarks.time_to_loss.report import plots, rows, tables
 from benchmarks.time_to_loss.study import (
+    NO_SPLIT,
     SYNC,
     SYSTEMS,
     TASKS,
@@ -39,9 +40,8 @@ def task(tmp_path: Path) -> Task:
     return Task(
         str(tmp_path / "tiny.toml"),
         "text",
-        rates={batch: ("1e-3", "1e-2") for batch in (8, 16, 32)},
+        rates={batch: ("1e-3", "1e-2") for batch in (8, 16)},
         batches=(8, 16),
-        microbatches=(2, 4),
         samples=192,
         target=128,
         every=64,
@@ -70,8 +70,8 @@ class Invented(Course):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_run_has_valid_settings(name: str, system: str) -> None:
     task = TASKS[name]
-    for batch in task.choices(system):
-        setting = Setting(batch, task.rates[batch][0], "gpipe" if system == SYNC else "")
+    for batch in task.batches:
+        setting = Setting(batch, task.rates[batch][0], ("gpipe", 4) if system == SYNC else NO_SPLIT)
         config = load(ROOT / task.config, words(task, system, setting, task.samples))
         assert config.train.batches * batch == task.samples and config.pipeline.stages == 2
         assert config.rule.name == system.partition("-")[0] and config.transport.kind == "zmq"
@@ -88,9 +88,10 @@ def test_a_target_is_reached_between_two_evaluations() -> None:
     assert reached(line, 0.9) is None and reached([], 1.0) is None and reached(line, 5.0) == 10.0
 
 
-def test_a_gradient_is_late_by_the_delay_over_the_time_of_a_batch() -> None:
-    assert [lateness("blend", delay, 0.01) for delay in (0.0, 0.01, 0.05, 10.0)] == [0, 1, 4, 64]
-    assert lateness("local", 10.0, 0.01) == lateness(SYNC, 10.0, 0.01) == 0
+def test_a_gradient_is_late_by_what_it_waits_and_the_delay_over_the_time_of_a_batch() -> None:
+    assert [lateness("blend", delay, 0.01, 0.0) for delay in (0.0, 0.01, 0.05, 10.0)] == [0, 1, 4, 64]
+    assert [lateness("delayed-4", delay, 0.01, 1.0) for delay in (0.0, 0.02)] == [2, 4]  # 4 batches, both ways
+    assert lateness("local", 10.0, 0.01, 1.0) == lateness(SYNC, 10.0, 0.01, 0.0) == 0
 
 
 def metrics(batch: int, seconds: float, evaluation: float, **more: float) -> dict[str, float]:
@@ -103,6 +104,8 @@ def test_evaluations_cost_no_time() -> None:
     first = [metrics(20, 1.0, 0.0), metrics(40, 1.0, 0.0, **{"eval.batch": 30, "eval.loss": 2.5})]
     assert points(first, last, 8) == [[240, 3.0, 2.5]]  # 2 s to batch 20, and half of the next 2 s
     assert pace(last, 8) == pytest.approx(3.0 / (30 * 8))
+    late = [metrics(5, 1.0, 0.0, staleness=9.0), metrics(20, 1.0, 0.0, staleness=2.0), metrics(40, 1.0, 0.0)]
+    assert staleness(late) == 2.0 and staleness(last) is None
 
 
 def test_the_target_is_backprops_best_loss_after_so_many_samples(task: Task, tmp_path: Path) -> None:
@@ -123,15 +126,13 @@ def contest(task: Task) -> Contest:
 def test_a_contest_is_searched_raced_and_not_made_again(task: Task, text: str, tmp_path: Path) -> None:
     runs, records = Runs(tmp_path / "runs.jsonl"), Records(tmp_path / "search")
     course = Invented(Here(), "none", text)
-    few = replace(
-        contest(task), task=replace(task, rates={8: ("1e-2",), 16: ("1e-2",)}, batches=(8,), microbatches=(2,))
-    )
+    few = replace(contest(task), task=replace(task, rates={8: ("1e-2",)}, batches=(8,)))
     assert few.carry_out(course, runs, records, jobs=2)
     assert {(run.system, run.delay) for run in runs.all if run.kind == RACE} == {
         (system, delay) for system in few.systems for delay in few.delays
     }
     late = {record.settings["transport.delay"] for record in records if record.settings["rule.name"] == "delayed"}
-    assert late == {0, 1}  # 100 ms are one batch of 8 × 12 ms
+    assert late == {4}  # 3 updates of 4 batches, half of it; 100 ms more are one batch of 8 × 12 ms
     before = len(runs.all), len(list(records))
     again = Runs(tmp_path / "runs.jsonl")
     assert again.all == runs.all
@@ -156,8 +157,9 @@ def test_the_choice_is_the_setting_that_is_expected_to_be_first_on_this_link(tas
         runs.add(course.run(PROBE, "t", task, system, setting, delay, 64, 0))
     searched(list(own.searches(runs)), records)
     assert target("t", task, records) == 2.0
-    assert own.choice(SYNC, 0.0, runs, records) == (Setting(16, "1e-3", "1f1b"), 128)  # a margin, in whole evaluations
-    assert own.choice(SYNC, 0.1, runs, records)[0] == Setting(32, "1e-3", "1f1b")  # fewer round trips
+    split = ("1f1b", 2)
+    assert own.choice(SYNC, 0.0, runs, records) == (Setting(8, "1e-3", split), 128)  # a margin, in whole evaluations
+    assert own.choice(SYNC, 0.1, runs, records)[0] == Setting(16, "1e-3", split)  # fewer round trips
     assert own.choice("local", 0.1, runs, records)[0] == Setting(8, "1e-3")
 
 
@@ -167,6 +169,7 @@ def test_the_tables_and_the_map_say_who_was_first(task: Task, tmp_path: Path) ->
     for delay, seconds in ((0.0, 1.0), (0.05, 4.0)):
         for system, own in ((SYNC, seconds), ("local", 2.0)):
             run = Invented(Here(), "none", "").run(RACE, "t", task, system, Setting(8, "1e-3"), delay, 64, 0)
+            runs.add(replace(run, points=[[64, 9.0, 3.0]]))  # of another setting, before
             runs.add(replace(run, points=[[64, own, 2.0]], pace=0.005))
     run = Invented(Here(), "none", "").run(RACE, "t", task, "blend", Setting(8, "1e-3"), 0.05, 64, 0)
     runs.add(replace(run, points=[[64, 1.0, 2.1]]))  # it never came there
