@@ -23,7 +23,7 @@ from benchmarks.figures import processor
 from benchmarks.throughput.places import Here
 from benchmarks.time_to_loss.study import STAGES, SYSTEMS, Curve, Setting, Task, words
 
-EVERY = 0.1  # seconds between two lines of metrics
+EVERY = 0.05  # seconds between two lines of metrics; a line has one evaluation, the last of those that came meanwhile
 PROBE = "probe"
 RACE = "race"
 SKIPPED = 0.25  # part of a run before its pace and staleness count: connecting, and a window that grows
