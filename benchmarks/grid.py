@@ -29,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from benchmarks.cells import ROOT, Cell, Record, Records
 from benchmarks.figures import read
 
-DIVERGED = re.compile(r"the loss is \S+ at batch (\d+)")  # what a run says that NaN or infinity has stopped
+# what a run says that NaN or infinity has stopped, in its loss or on the way there
+DIVERGED = re.compile(r"(?:the loss is \S+ at|holds NaN or infinity in) batch (\d+)")
 EVERY = 0.2  # seconds between two lines of metrics: what the curves of a record are made of
 ALIKE = ("train.batches", "train.seed", "optimizer.lr", "transport.delay", "data.evaluate")  # not what a batch costs
 

@@ -209,7 +209,7 @@ class Stage:
             return True
         if self.stop_on_nan:
             raise NonFiniteLoss(
-                f"the {what} of batch {batch} that came to stage {self.index} holds NaN or infinity: lower "
+                f"the {what} that came to stage {self.index} holds NaN or infinity in batch {batch}: lower "
                 "optimizer.lr, set optimizer.clip, or go on without such batches with train.on_nan = skip"
             )
         return False

@@ -385,7 +385,10 @@ def test_what_a_neighbour_sends_must_be_finite(value: float) -> None:
         stage = make_stages(layers(), lambda k: Wait(), SGD, stop=stop)[1]
         before = copy.deepcopy(dict(stage.module.named_parameters()))
         if stop:
-            with pytest.raises(NonFiniteLoss, match=r"activation of batch 1 that came to stage 1 .*on_nan = skip"):
+            with pytest.raises(
+                NonFiniteLoss,
+                match=r"activation that came to stage 1 holds NaN or infinity in batch 1: .*on_nan = skip",
+            ):
                 list(stage.handle(Activation(1, spoilt, y)))
             continue
         assert [type(out) for out in stage.handle(Activation(1, spoilt, y))] == [Gradient]  # and no Activation
