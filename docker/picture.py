@@ -56,8 +56,8 @@ def main(folder: Path, other: Path, picture: Path) -> None:
 
 
 def mark(axis: Axes, fault: dict[str, Any], begin: float, run: Run) -> None:
-    """From the fault until a new batch has been at every stage."""
-    axis.axvspan(fault["begin"] - begin, run.recovered(fault["begin"]) - begin, color="tab:red", alpha=0.15)
+    """From the fault until the stage and all behind it train again."""
+    axis.axvspan(fault["begin"] - begin, run.recovered(fault) - begin, color="tab:red", alpha=0.15)
 
 
 if __name__ == "__main__":

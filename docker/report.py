@@ -1,6 +1,6 @@
 """What each fault of chaos.sh cost, from the stages' ledgers:  python report.py RUN UNDISTURBED
 
-recovered   seconds from the fault's begin until a batch that stage 0 began after it has reached every stage
+recovered   seconds from the fault's begin until the stage, and all behind it, train again; 0: none stood for a second
 rate        batches a second that the stage before the fault began until then, over its median in the quiet time
 missed      batches begun by stage 0 until then that the stage never had    undone      begun, and lost with its state
 """
@@ -16,9 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dnipipe.service.ledger import NAME, Account, read, unexplained
+from dnipipe.service.ledger import NAME, read, unexplained
 
 WITHIN = 0.03  # of the undisturbed loss
+SOON = 2.0  # seconds after a fault, in which what it does may begin
 
 
 class Run:
@@ -35,12 +36,10 @@ class Run:
         gaps = [(k, unexplained(*pair)) for k, pair in enumerate(pairwise(self.accounts))]
         return twice + [f"stages {k} and {k + 1}: {ids} without a reason" for k, ids in gaps if ids]
 
-    def recovered(self, begin: float) -> float:
-        """The moment from which a batch that is newer than `begin` has been at every stage."""
-        first = self.accounts[0]
-        after = bisect_left(first.times, begin)
-        newest = first.begun[after] if after < len(first.begun) else first.last
-        return max(_moment(account, newest) for account in self.accounts)
+    def recovered(self, fault: dict[str, Any]) -> float:
+        """The end of the longest pause about the fault, of the stage that it hit and of those behind it."""
+        hit = self.accounts[fault["stage"] :]
+        return max(_pause(account.times, fault["begin"], fault["end"] + SOON) for account in hit)
 
     def rate(self, stage: int, begin: float, end: float) -> float:
         times = self.accounts[stage].times
@@ -57,21 +56,22 @@ class Run:
         return sum(len([b for b in account.begun if s["from"] < b <= s["before"]]) for s in starts)
 
 
-def _moment(account: Account, batch: int) -> float:
-    """When it first began this batch, or a later one."""
-    return next(
-        (at for begun, at in zip(account.begun, account.times, strict=True) if begun >= batch), account.times[-1]
-    )
+def _pause(times: list[float], begin: float, end: float) -> float:
+    """When the longest time without a batch that touches these two ended; `begin` if it was not even a second."""
+    longest, ended = max(((b - a, b) for a, b in pairwise(times) if a < end and b > begin), default=(0.0, begin))
+    return ended if longest > 1 else begin
 
 
 def rows(run: Run, faults: list[dict[str, Any]]) -> Iterator[list[str]]:
-    ends = [(fault["begin"], max(run.recovered(fault["begin"]), fault["end"])) for fault in faults]
+    ends = [(fault["begin"], max(run.recovered(fault), fault["end"])) for fault in faults]
     stages = range(len(run.accounts))
     for fault, (begin, end) in zip(faults, ends, strict=True):
-        before, whole = fault["stage"] - 1, run.recovered(begin)
-        rate = "-"
-        if before >= 0 and whole > begin:
-            rate = f"{run.rate(before, begin, whole) / normal(run, before, ends):.2f}"
+        before, whole = fault["stage"] - 1, run.recovered(fault)
+        rate = (
+            f"{run.rate(before, begin, whole) / normal(run, before, ends):.2f}"
+            if before >= 0 and whole > begin
+            else "-"
+        )
         missed = " ".join(str(run.missed(stage, begin, end)) for stage in stages)
         undone = " ".join(str(run.undone(stage, begin, end)) for stage in stages)
         yield [fault["fault"], str(fault["stage"]), f"{whole - begin:.1f}", rate, missed, undone]

@@ -39,6 +39,7 @@ from dnipipe.worker import Worker
 
 LOST = torch.empty(0, dtype=torch.float64)  # in the place of an answer that will never come
 HUNG = 4.0  # times the longest of a neighbour's recent silences, after which it is taken for hung
+STOOD = 2.0  # seconds for one turn of the loop, above which it did not listen: a long step, or it was stopped
 NEWS = 5.0  # seconds between two lines about a neighbour that stays away
 
 
@@ -84,7 +85,8 @@ class Keeper(Worker):
         self.answers: deque[Message] = deque()  # what the next stage would have said, made here
         self.final_reports: dict[int, Report] = {}
         self.finished = self.farewell = False
-        self._next_save = time.monotonic() + save_every
+        self._turned = time.monotonic()  # when the loop last came round
+        self._next_save = self._turned + save_every
         self._next_news = 0.0
         links.events.clear()  # what they told is known here
         for side in self._neighbours:
@@ -100,7 +102,10 @@ class Keeper(Worker):
             answer = self.answers.popleft()
             if self._asked(answer):  # the real one may have come after all
                 return answer
-        return super()._next()
+        message = super()._next()
+        if message is None:  # all that had come was heard before
+            self._judge()
+        return message
 
     def _handle(self, message: Message) -> None:
         self._attend()  # now, while the stage knows exactly what is under way: a send in its middle only notes
@@ -222,18 +227,24 @@ class Keeper(Worker):
         super()._tick()
         self.alive()
         now = time.monotonic()
+        stood, self._turned = now - self._turned, now
+        if stood > STOOD:
+            self.links.stood(stood)
         if now >= self._next_save:
             self._next_save = now + self.save_every
             self.save_own()
-        if self.stage.last:
-            return
-        limit = max(self.silence, HUNG * self.links.longest(Side.NEXT))
-        if self.links.up(Side.NEXT) and self.links.quiet(Side.NEXT) > limit:
-            self.links.give_up(Side.NEXT, f"stage {self.index + 1} has said nothing for {limit:.0f} s: it hangs")
         if not self.links.up(Side.NEXT) and self.alone and now >= self._next_news:
             self._next_news = now + NEWS
             left = self.unguided - self.alone
             self.say(f"stage {self.index + 1} is away: {max(0, left)} batches left to train without it")
+
+    def _judge(self) -> None:
+        """Whether the next stage hangs."""
+        if self.stage.last or not self.links.up(Side.NEXT):
+            return
+        limit = max(self.silence, HUNG * self.links.longest(Side.NEXT))
+        if self.links.quiet(Side.NEXT) > limit:
+            self.links.give_up(Side.NEXT, f"stage {self.index + 1} has said nothing for {limit:.0f} s: it hangs")
 
     def _hurry(self, now: float) -> None:
         raise AskedToEnd

@@ -122,6 +122,11 @@ class Links(ZmqTransport):
         """The longest of its recent silences, seconds, that were followed by a word."""
         return max(self._bonds[side].silences, default=0.0)
 
+    def stood(self, seconds: float) -> None:
+        """This process itself has not listened for so long: that is nobody else's silence."""
+        for bond in self._bonds.values():
+            bond.heard += seconds if bond.heard else 0.0
+
     def give_up(self, side: Side, why: str) -> None:
         """The owner's verdict on a neighbour that is connected: away, until it answers a new Link.
 

@@ -54,10 +54,19 @@ class FakeLinks(Watched):
     def last_of(self, side: Side) -> int:
         return 0
 
+    silent = 0.0  # seconds
+
     def quiet(self, side: Side) -> float:
+        return self.silent
+
+    def longest(self, side: Side) -> float:
         return 0.0
 
-    longest = quiet
+    def give_up(self, side: Side, why: str) -> None:
+        self.goes(side)
+
+    def stood(self, seconds: float) -> None:
+        self.silent -= seconds
 
     def send(self, side: Side, message: Message) -> None:
         if self.there[side]:
@@ -243,6 +252,24 @@ def test_an_evaluation_under_way_is_answered_as_lost(stand: Callable[[int], Stan
     assert [(type(each), each.batch, each.h.numel()) for each in answers if isinstance(each, Answer)] == [
         (Answer, 7, 0)
     ]
+
+
+def test_silence_is_judged_when_all_that_had_come_is_heard(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.links.silent = 11.0  # of 10
+    one.previous(*batches(1, 1))
+    one.turn(1)
+    assert one.links.up(Side.NEXT) and one.trained() == [1]
+    one.turn(1)
+    assert not one.links.up(Side.NEXT)
+
+
+def test_that_this_stage_stood_still_itself_is_not_the_other_ones_silence(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.links.silent = 11.0
+    one.keeper._turned -= 5.0
+    one.turn(2)
+    assert one.links.up(Side.NEXT) and one.links.silent < 7
 
 
 def test_who_comes_is_told_what_it_missed(stand: Callable[[int], Stand]) -> None:

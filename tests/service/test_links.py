@@ -221,6 +221,17 @@ def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
     assert upper.longest(NEXT) >= 0.1
 
 
+def test_what_this_process_did_not_listen_is_no_silence(pair: Pair) -> None:
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_up(upper, lower)
+    lower.send(PREVIOUS, Gradient(1, None))
+    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    quiet = upper.quiet(NEXT)
+    time.sleep(0.3)
+    upper.stood(0.3)
+    assert upper.quiet(NEXT) < quiet + 0.3
+
+
 def test_the_silence_of_one_that_was_given_up_and_only_slow_counts(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
     pair.until_up(upper, lower)
