@@ -41,7 +41,8 @@ from dnipipe.messages import Activation, Gradient, Message, Received
 from dnipipe.transport import Side
 from dnipipe.transport.address import check_reach
 from dnipipe.transport.edge import Edge
-from dnipipe.transport.zmq import LINGER, ZmqTransport
+from dnipipe.transport.edges import LINGER
+from dnipipe.transport.zmq import ZmqTransport
 
 KEPT = 2048  # messages that a send may set aside while it waits for Received, which stands behind them
 INTERFACE = "GLOO_SOCKET_IFNAME"

@@ -20,45 +20,36 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import zmq
 
 from dnipipe import codec
 from dnipipe.codec import Frame, Header
-from dnipipe.errors import ConfigError, MessageError, PeerLost, WaitTimeout
-from dnipipe.keys import KeyRing
+from dnipipe.errors import MessageError, PeerLost, WaitTimeout
 from dnipipe.messages import Message
 from dnipipe.transport import AT_EASE, Side
-from dnipipe.transport.address import check_address, check_reach
-from dnipipe.transport.curve import Doorkeeper, Lock
-from dnipipe.transport.dropped import Dropped
 from dnipipe.transport.edge import Edge
+from dnipipe.transport.edges import LINGER, Edges
 from dnipipe.transport.waker import Waker
 
-LINGER = 5.0  # seconds in which close() delivers what was sent
 BAD_LIMIT = 100  # messages in a row that are none, after which their sender is given up
 LOOK_EVERY = 1.0  # seconds, at most, that a wait lasts without a look for revoked keys
 
 Fits = Callable[[Side, Message], None]  # raises MessageError
 
 
-class ZmqTransport:
+class ZmqTransport(Edges):
     """One stage's end of its edges (see Transport).
 
     Args:
         run: the run's token; messages that carry another are dropped.
-        queue: messages that may wait at each end of an edge, in each direction.
         timeout: seconds that `send` waits for room.
-        max_message: largest tensor, bytes.
-        names: what errors call the neighbours, e.g. {Side.NEXT: "stage 2"}.
-        ring: this stage's keys; None: connections are neither authenticated nor encrypted.
         fits: raises MessageError for a message that is not as this side's edge agreed; such are dropped.
-        spare: gradients that may wait for room on their way up, while the stage goes on (Backlog); 0: `send` waits.
+        options: of Edges.
         packing, full: within these a message is written and read as frames, and `send` waits for room, so that its
             owner can tell one from the other.
     """
@@ -67,80 +58,22 @@ class ZmqTransport:
         self,
         run: str,
         *,
-        queue: int,
         timeout: float,
-        max_message: int,
-        names: Mapping[Side, str] | None = None,
-        ring: KeyRing | None = None,
         fits: Fits = lambda side, message: None,
-        spare: int = 0,
         packing: AbstractContextManager[object] = AT_EASE,
         full: AbstractContextManager[object] = AT_EASE,
+        **options: Any,
     ) -> None:
-        self.run, self.queue, self.timeout, self.max_message, self.spare = run, queue, timeout, max_message, spare
-        self.names = {side: f"the {side.value} stage" for side in Side} | dict(names or {})
+        super().__init__(**options)
+        self.run, self.timeout, self.fits = run, timeout, fits
         self.packing, self.full = packing, full
-        self.ring, self.fits = ring, fits
-        self.dropped = Dropped()
-        self._context = zmq.Context(io_threads=1)  # 1: one feeds 2 GB/s and more
-        self._context.set(zmq.MAX_SOCKETS, 32)  # two sockets, two monitors with two ends each, the doorkeeper's three
-        self._doorkeeper = Doorkeeper(self._context, ring, self.dropped) if ring else None
-        self._edges: dict[Side, Edge] = {}
         self._pollers: dict[tuple[Side | None, ...], zmq.Poller] = {}  # made once: receive is called for every message
         self._waker = Waker()
         self._closed = False
 
-    # -- connecting --------------------------------------------------------------------------------------------
-
-    def listen(self, address: str, private: bool = False) -> str:
-        """Open the edge to the next stage, "tcp://127.0.0.1:*" or "ipc:///folder/file"; returns its exact endpoint.
-
-        Raises ConfigError for an address that cannot be had, or, without keys, one that others reach, unless the
-        network is `private`.
-        """
-        check_address(address)
-        file = Path(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
-        if file and file.exists():  # zmq would take it from whoever listens there
-            raise ConfigError(f"cannot listen on {address}: the file exists already; choose another, or remove it")
-        if self.ring is None:
-            check_reach(address, private)
-        edge = self._open(Side.NEXT, address)
-        try:
-            edge.bind()
-        except zmq.ZMQError as error:
-            raise ConfigError(f"cannot listen on {address}: {error.strerror}; choose another address") from None
-        edge.file = file
-        return edge.endpoint
-
-    def connect(self, endpoint: str) -> None:
-        """Open the edge to the previous stage, at what its `listen` returned. It need not be there yet."""
-        check_address(endpoint)
-        try:
-            self._open(Side.PREVIOUS, endpoint).dial()
-        except zmq.ZMQError as error:
-            raise ConfigError(f"cannot connect to {endpoint}: {error.strerror}") from None
-
     def _open(self, side: Side, address: str) -> Edge:
-        if side in self._edges:
-            raise ValueError(f"the edge to {self.names[side]} is open already")
-        lock, ring = None, self.ring
-        if ring:
-            lock = Lock(ring, ring.stage + (1 if side is Side.NEXT else -1), side is Side.NEXT)
-            lock.check()
-        edge = Edge(
-            self._context,
-            self.names[side],
-            address,
-            self.queue,
-            self.max_message,
-            LINGER,
-            side=side,
-            lock=lock,
-            dropped=self.dropped,
-            spare=self.spare if side is Side.PREVIOUS else 0,
-        )
+        edge = super()._open(side, address)
         edge.token = self.run
-        self._edges[side] = edge
         self._pollers.clear()  # they knew one monitor less
         return edge
 
@@ -168,6 +101,11 @@ class ZmqTransport:
         while edge.backlog and edge.has_room():
             self._put(edge, edge.backlog.popleft())
         return len(edge.backlog) <= (self.queue if most is None else most)
+
+    def _forwarded(self) -> list[Side]:
+        """Hand over what waits, on every edge; those on which something waits still, and for room only."""
+        waits = [side for side, edge in self._edges.items() if edge.backlog is not None and not self._forward(edge, 0)]
+        return [side for side in waits if not self._edges[side].held_back]
 
     def _put(self, edge: Edge, message: Message) -> None:
         with self.packing:
@@ -222,7 +160,7 @@ class ZmqTransport:
         Raises PeerLost if messages before this one are missing, or if a side keeps sending what is none.
         """
         edges = [self._edges[side] for side in sides]
-        ready = dict(self._poller(sides).poll(0))  # one call into zmq asks all sockets and monitors
+        ready = dict(self._poller(sides, self._forwarded()).poll(0))  # one call into zmq asks all sockets and monitors
         deadline = None
         while not self._waker.was_woken():
             for side, edge in zip(sides, edges, strict=True):
@@ -239,7 +177,7 @@ class ZmqTransport:
             if left <= 0:
                 break
             with waiting:
-                ready = self._poll(self._poller(sides), edges, left)
+                ready = self._poll(self._poller(sides, self._forwarded()), edges, left)
         return None
 
     def _sound(self, edges: Sequence[Edge]) -> bool:
@@ -338,10 +276,8 @@ class ZmqTransport:
         ends += [LOOK_EVERY] * (self.ring is not None)
         return dict(poller.poll(math.ceil(1000 * max(0.0, min([seconds, *ends])))))
 
-    def _poller(self, sides: Sequence[Side]) -> zmq.Poller:
-        """Wakes for messages from `sides`, what the monitors tell, `wake`, and room where something waits for it."""
-        waits = (side for side, edge in self._edges.items() if edge.backlog is not None and not self._forward(edge, 0))
-        full = [side for side in waits if not self._edges[side].held_back]
+    def _poller(self, sides: Sequence[Side], full: Sequence[Side]) -> zmq.Poller:
+        """Wakes for messages from `sides`, for room where it was `full`, for what the monitors tell, and for `wake`."""
         key = (*sides, None, *full)
         if key not in self._pollers:
             poller = self._pollers[key] = zmq.Poller()
@@ -368,10 +304,4 @@ class ZmqTransport:
             if edge.backlog:
                 with contextlib.suppress(PeerLost):
                     self._until(edge, partial(self._forward, edge, 0), zmq.POLLOUT, LINGER)
-            edge.close()
-        if self._doorkeeper:
-            self._doorkeeper.close()
-        self._context.term()
-        for edge in self._edges.values():
-            if edge.file:
-                edge.file.unlink(missing_ok=True)
+        super().close()
