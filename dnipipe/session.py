@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -53,6 +54,8 @@ from dnipipe.transport.gloo import GlooTransport, choose_interface
 from dnipipe.transport.local import pipeline
 from dnipipe.transport.zmq import ZmqTransport
 from dnipipe.worker import Worker
+
+QUEUE = 512  # messages that may wait on an edge, each way: a window has 256 batches at most; and there are markers
 
 
 @dataclass(frozen=True)
@@ -255,13 +258,9 @@ def _opened(
         kind = GlooTransport
     transport = kind(
         agreed.run_id,
-        queue=512,
-        timeout=settings.transport.timeout,
-        max_message=settings.transport.max_message * 2**20,
+        **edges_of(settings, meeting.rank),
         names=names,
         fits=expected(agreed.plan, settings.wire, meeting.rank),
-        ring=KeyRing.of(settings.security.keys, meeting.rank),
-        spare=settings.wire.gradient_queue,
         packing=measured.clock.span("serialize"),
         full=measured.clock.span("wait_send"),
     )
@@ -276,6 +275,17 @@ def _opened(
         yield transport
     finally:
         transport.close()
+
+
+def edges_of(settings: Config, stage: int) -> dict[str, Any]:
+    """What the settings say of a stage's edges, as ZmqTransport takes it."""
+    return {
+        "queue": QUEUE,
+        "timeout": settings.transport.timeout,
+        "max_message": settings.transport.max_message * 2**20,
+        "ring": KeyRing.of(settings.security.keys, stage),
+        "spare": settings.wire.gradient_queue,
+    }
 
 
 def _edges(meeting: Rendezvous) -> dict[Side, int]:

@@ -67,9 +67,7 @@ class StageMetrics:
         self.stage, self.stages = stage, stages
         self.clock = clock or Clock()
         self.skipped: Counter[str] = Counter()
-        self.dropped: Counter[str] = (
-            Counter()
-        )  # what the stage's transport did not let in, by reason; its owner sets it
+        self.dropped: Counter[str] = Counter()  # what the transport did not let in, by reason; its owner sets it
         self._evaluation: dict[str, float] = {}  # since the last reading
         self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
         self._uncompared = 0  # gradients still to come before the next that is compared

@@ -24,7 +24,6 @@ from dnipipe.messages import (
     Activation,
     Agreed,
     Answer,
-    Checkpoint,
     Evaluation,
     Farewell,
     Gradient,
@@ -160,17 +159,18 @@ class Keeper(Worker):
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        downwards = isinstance(message, (Activation, Evaluation, Checkpoint))
+        """What the next stage would answer is answered here while it is away; what else it misses, Links counts."""
         if isinstance(message, Report) and message.final:
             self.final_reports[message.stage] = message
-        if not downwards or self.links.up(Side.NEXT):
-            super().send(message)
-        elif isinstance(message, Activation):
+        away = not self.links.up(Side.NEXT)
+        if away and isinstance(message, Activation):
             self.alone += 1
             self.ledger.alone(message.batch)
             self.answers.append(Gradient(message.batch, None))
-        elif isinstance(message, Evaluation):
+        elif away and isinstance(message, Evaluation):
             self.answers.append(Answer(message.batch, LOST))
+        else:
+            super().send(message)
 
     def _tell(self, error: BaseException) -> None:
         """A stage that fails is missed, and comes back: only one that gave up, or heard of it, ends the others."""

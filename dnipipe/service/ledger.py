@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from dnipipe.errors import Replaced, RunError, TraceError
+from dnipipe.stage import POISONED
 
-UNSENT = "activation not finite"  # stage.py: why a batch was skipped and not sent on
 NAME = "ledger.jsonl"
 
 
@@ -186,7 +186,7 @@ def unexplained(before: Account, after: Account) -> list[int]:
     connection ended, and then it owed an answer to the batch, or had not begun it when the next connection was made.
     Also ids that only the second one has.
     """
-    unsent = {batch for batch, why in before.skipped.items() if why == UNSENT}
+    unsent = {batch for batch, why in before.skipped.items() if why == POISONED}
     missing = set(before.begun) - set(after.begun) - before.alone - before.lost - unsent
     return sorted(missing | set(after.begun) - set(before.begun))
 

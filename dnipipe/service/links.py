@@ -159,10 +159,8 @@ class Links(ZmqTransport):
         bond.introduced = time.monotonic()
         me = self.stage, self.stages, self.incarnation, self.run_id, self.settings, self.last
         edge = self._edges[side]
-        sent = edge.sent if bond.up else 0
-        edge.put(
-            edge.seal(codec.encode(Link(*me, bond.nonce, seen, refused, sent), GREETING, 0))
-        )  # no room: again later
+        link = Link(*me, bond.nonce, seen, refused, edge.sent if bond.up else 0)
+        edge.put(edge.seal(codec.encode(link, GREETING, 0)))  # no room: again later
 
     def _heard_link(self, side: Side, link: Link) -> None:
         """Raises HandshakeError if they do not belong together, Replaced if it knows a newer process of this stage."""

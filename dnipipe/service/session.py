@@ -26,7 +26,6 @@ from dnipipe.data import Task
 from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerStopped, WaitTimeout
 from dnipipe.expected import expected
 from dnipipe.greeting import check_settings
-from dnipipe.keys import KeyRing
 from dnipipe.messages import Agreed
 from dnipipe.metrics import StageMetrics
 from dnipipe.service.keeper import AskedToEnd, Keeper
@@ -34,7 +33,7 @@ from dnipipe.service.ledger import NAME, Ledger
 from dnipipe.service.links import Links, Up
 from dnipipe.service.place import Place, check, check_free, endpoint, own_endpoint
 from dnipipe.service.script import PatientHead
-from dnipipe.session import Agreement, agree, conclude, head_of, interruptible, worker_of
+from dnipipe.session import Agreement, agree, conclude, edges_of, head_of, interruptible, worker_of
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.transport import Side
@@ -72,7 +71,8 @@ def _serve(job: Job, index: int) -> Path:
         links.run_id, links.fits = agreed.run_id, expected(agreed.plan, settings.wire, index)
         check_model(model, agreed.plan, index)
         stage = build_stage(job, model, agreed.plan, index, agreed.total, StageMetrics(index, agreed.plan.stages))
-        stage.metrics.dropped = links.dropped
+        clock, stage.metrics.dropped = stage.metrics.clock, links.dropped
+        links.packing, links.full = clock.span("serialize"), clock.span("wait_send")
         ledger = Ledger(place.folder / NAME, place.incarnation, _restore(stage, agreed, place))
         stack.callback(ledger.close)
         links.last = stage.last_batch = ledger.last
@@ -169,7 +169,9 @@ def _restore(stage: Stage, agreed: Agreement, place: Place) -> int:
     """Make the stage what it last saved whole; returns that batch id, 0 if there is nothing."""
     try:
         saved = checkpoint.newest(place.folder)
-    except CheckpointError:
+    except CheckpointError as error:
+        if (place.folder / "checkpoints").exists():
+            _say(stage.index, f"begins with its initial weights: {error}")
         return 0
     ends = boundary_of(stage, agreed.plan), first_of(stage, agreed.plan)
     load_state(stage, saved.state_for(stage.module.state_dict(), *ends))
@@ -184,17 +186,8 @@ def _restore(stage: Stage, agreed: Agreement, place: Place) -> int:
 @contextmanager
 def _opened(settings: Config, index: int, incarnation: int) -> Iterator[Links]:
     transport, addresses = settings.transport, settings.service.addresses
-    links = Links(
-        index,
-        settings.pipeline.stages,
-        incarnation,
-        shared_settings(settings),
-        queue=512,
-        timeout=transport.timeout,
-        max_message=transport.max_message * 2**20,
-        ring=KeyRing.of(settings.security.keys, index),
-        spare=settings.wire.gradient_queue,
-    )
+    shared = shared_settings(settings)
+    links = Links(index, settings.pipeline.stages, incarnation, shared, **edges_of(settings, index))
     try:
         if index < len(addresses):
             own = own_endpoint(addresses[index], transport.address)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dnipipe.errors import HandshakeError
-from dnipipe.messages import Activation, Agreed, Answer, Evaluation, Farewell, Gradient, Message, Stop
+from dnipipe.messages import Activation, Agreed, Answer, Checkpoint, Evaluation, Farewell, Gradient, Message, Stop
 from dnipipe.metrics import JsonLines
 from dnipipe.service.keeper import Keeper
 from dnipipe.service.links import Event, Gone, Up
@@ -71,6 +71,8 @@ class FakeLinks(Watched):
     def send(self, side: Side, message: Message) -> None:
         if self.there[side]:
             super().send(side, message)
+        else:
+            self.dropped[type(message).__name__] += 1
 
     def receive(
         self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
@@ -240,6 +242,14 @@ def test_what_goes_over_the_new_connection_stands_behind_the_agreement_and_is_no
     one.turn(2)
     assert [line for line in one.links.log if "to next" in line] == ["to next: Agreed", "to next: Activation 1"]
     assert ("gone", 2, "it is gone", []) in one.book.lines and one.keeper.stage.in_flight == 1
+
+
+def test_a_checkpoint_that_the_next_stage_misses_is_counted(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.links.goes(Side.NEXT)
+    one.previous(*batches(1, 1), Checkpoint(1))
+    one.turn(4)
+    assert one.links.dropped == {"Checkpoint": 1}
 
 
 def test_an_evaluation_under_way_is_answered_as_lost(stand: Callable[[int], Stand]) -> None:

@@ -58,6 +58,12 @@ class Pair:
     def until_up(self, *among: Links) -> None:
         self.until(lambda: all(links.up(side(links)) for links in among), among)
 
+    def until_spoken(self, upper: Links, lower: Links) -> None:
+        """Both are up, and the lower one has said something."""
+        self.until_up(upper, lower)
+        lower.send(PREVIOUS, Gradient(1, None))
+        self.until(lambda: self.ids(upper) == [1], [upper, lower])
+
     def ids(self, links: Links) -> list[int]:
         return [message.batch for message in self.got[links] if isinstance(message, (Activation, Gradient))]
 
@@ -223,9 +229,7 @@ def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
 
 def test_what_this_process_did_not_listen_is_no_silence(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
-    pair.until_up(upper, lower)
-    lower.send(PREVIOUS, Gradient(1, None))
-    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    pair.until_spoken(upper, lower)
     quiet = upper.quiet(NEXT)
     time.sleep(0.3)
     upper.stood(0.3)
@@ -234,9 +238,7 @@ def test_what_this_process_did_not_listen_is_no_silence(pair: Pair) -> None:
 
 def test_the_silence_of_one_that_was_given_up_and_only_slow_counts(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
-    pair.until_up(upper, lower)
-    lower.send(PREVIOUS, Gradient(1, None))
-    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    pair.until_spoken(upper, lower)
     time.sleep(0.1)
     upper.give_up(NEXT, "it hangs")
     time.sleep(0.2)
@@ -246,9 +248,7 @@ def test_the_silence_of_one_that_was_given_up_and_only_slow_counts(pair: Pair) -
 
 def test_how_long_one_was_dead_is_no_silence(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
-    pair.until_up(upper, lower)
-    lower.send(PREVIOUS, Gradient(1, None))
-    pair.until(lambda: pair.ids(upper) == [1], [upper, lower])
+    pair.until_spoken(upper, lower)
     longest = upper.longest(NEXT)
     lower.close()
     pair.until(lambda: not upper.up(NEXT), [upper])

@@ -56,3 +56,14 @@ def test_a_process_that_was_replaced_saves_nothing(tmp_path: Path, at: Any) -> N
     with pytest.raises(Replaced):
         at(9)
     assert folders(tmp_path / "stage-1") == [5]
+
+
+def test_that_no_state_of_its_own_can_be_loaded_is_told(
+    tmp_path: Path, at: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, stage = Place.taken(tmp_path, 1), SimpleNamespace(index=1)
+    assert session._restore(stage, None, place) == 0  # type: ignore[arg-type]
+    assert capfd.readouterr().err == ""  # there was none yet
+    (place.folder / "checkpoints" / "00000005").mkdir(parents=True)
+    assert session._restore(stage, None, place) == 0  # type: ignore[arg-type]
+    assert "stage 1: begins with its initial weights: " in capfd.readouterr().err

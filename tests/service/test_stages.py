@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
@@ -40,6 +41,8 @@ def test_stages_start_in_any_order_and_train_every_batch(services: Make) -> None
         account = run.account(stage)
         assert account.begun == list(range(1, 61)) and account.ended and account.alone == set()
     assert 1 < run.loss() < 6
+    stages = json.loads((run.run / "summary.json").read_text())["stage"]
+    assert all(stage["seconds"]["serialize"] > 0 for stage in stages)
 
 
 def test_the_others_go_on_while_a_stage_is_dead_and_it_comes_back(services: Make) -> None:
