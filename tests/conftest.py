@@ -23,6 +23,14 @@ from dnipipe.stage import Stage
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+SMALL: dict[str, object] = {  # settings of a run so small that its start is most of it
+    "data.limit": 40_000,
+    "data.batch": 8,
+    "data.context": 16,
+    "data.validation": 0.05,
+    "model.width": 16,
+    "model.heads": 2,
+}
 STEPPING = ("schedule", "clip", "accumulate", "reschedule", "lookahead")  # the options that are Descent's
 
 

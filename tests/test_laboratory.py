@@ -25,16 +25,12 @@ from torch import Tensor
 
 import dnipipe
 from dnipipe import checkpoint, cli
+from tests.conftest import SMALL
 from tests.test_processes import plain, same
 
-SMALL = {
+OURS = {
     "transport.kind": "local",
-    "data.limit": 40_000,
-    "data.batch": 8,
-    "data.context": 16,
-    "data.validation": 0.05,
-    "model.width": 16,
-    "model.heads": 2,
+    **SMALL,
     "train.batches": 50,
     "eval.sample": 5,
     "checkpoint.every": 0,
@@ -43,7 +39,7 @@ SMALL = {
 
 
 def train(run: Path, *arguments: str, **settings: object) -> dict[str, Any]:
-    named = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+    named = {**OURS, **{key.replace("__", "."): value for key, value in settings.items()}}
     assert cli.main(["train", *arguments, f"--output.run={run}", *(f"--{k}={v}" for k, v in named.items())]) == 0
     told: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return told
@@ -98,7 +94,7 @@ def test_a_gradient_from_the_loss_is_late_by_all_the_way_there_and_back(
 def test_waiting_is_plain_autograd_whatever_the_delay(tmp_path: Path, stages: int, delay: int) -> None:
     settings = {"rule__name": "wait", "pipeline__stages": stages}
     train(tmp_path / "run", transport__delay=delay, **settings)
-    shared = {key.replace(".", "__"): value for key, value in SMALL.items() if not key.startswith("transport")}
+    shared = {key.replace(".", "__"): value for key, value in OURS.items() if not key.startswith("transport")}
     assert same(checkpoint.weights(tmp_path / "run"), plain(50, **{**shared, **settings}))
 
 
@@ -225,7 +221,7 @@ def test_a_delay_needs_the_laboratory(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.processes
 def test_an_interrupt_ends_it_in_order(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = {**SMALL, "train.batches": 10**6, "output.quiet": False, "output.every": 0.1}
+    settings = {**OURS, "train.batches": 10**6, "output.quiet": False, "output.every": 0.1}
     process = subprocess.Popen(
         [sys.executable, "-m", "dnipipe", "train", f"--output.run={run}", *(f"--{k}={v}" for k, v in settings.items())],
         stdout=subprocess.PIPE,

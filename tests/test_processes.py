@@ -22,16 +22,12 @@ from dnipipe import checkpoint, data, models, optim
 from dnipipe.config import load
 from dnipipe.head import Head
 from dnipipe.metrics import StageMetrics
+from tests.conftest import SMALL
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
-SMALL = {
-    "data.limit": 40_000,
-    "data.batch": 8,
-    "data.context": 16,
-    "data.validation": 0.05,
-    "model.width": 16,
-    "model.heads": 2,
+OURS = {
+    **SMALL,
     "train.batches": 50,
     "eval.every": 0,
     "eval.sample": 5,
@@ -41,7 +37,7 @@ SMALL = {
 
 def words(**settings: object) -> list[str]:
     named = {key.replace("__", "."): value for key, value in settings.items()}
-    return [f"--{name}={value}" for name, value in {**SMALL, **named}.items()]
+    return [f"--{name}={value}" for name, value in {**OURS, **named}.items()]
 
 
 def start(*arguments: str, program: tuple[str, ...] = ("-m", "dnipipe")) -> subprocess.Popen[str]:

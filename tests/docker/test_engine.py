@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.launch.conftest import ROOT, SMALL
+from tests.launch.conftest import ROOT, WORDS
 
 pytestmark = [
     pytest.mark.processes,
@@ -63,7 +63,7 @@ def test_a_container_is_not_root_and_may_write_its_run(image: str) -> None:
 
 @pytest.mark.parametrize("file", ["compose.torchrun.yaml", "compose.yaml"])
 def test_four_containers_train_to_the_evaluation(image: str, compose: Compose, file: str) -> None:
-    said = compose(file, "up", "--no-color", SETTINGS=shlex.join(SMALL))
+    said = compose(file, "up", "--no-color", SETTINGS=shlex.join(WORDS))
     assert len(re.findall(r"validation loss [\d.]+ nats per byte", said)) == 1, said
     containers = compose(file, "ps", "-q").split()
     assert len(containers) >= 4

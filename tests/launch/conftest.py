@@ -1,4 +1,4 @@
-"""A run so small that a start is most of it, and the environment a script is started in."""
+"""Settings of a run of five batches, and the environment a script is started in."""
 
 from __future__ import annotations
 
@@ -12,20 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SMALL
+
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    f"--{name}={value}"
-    for name, value in {
-        "data.limit": 40_000,
-        "data.batch": 8,
-        "data.context": 16,
-        "data.validation": 0.05,
-        "model.width": 16,
-        "model.heads": 2,
-        "train.batches": 5,
-        "eval.sample": 0,
-    }.items()
-]
+WORDS = [f"--{name}={value}" for name, value in {**SMALL, "train.batches": 5, "eval.sample": 0}.items()]
 Together = Callable[..., list[str]]
 
 

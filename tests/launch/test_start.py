@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, SMALL, Together, environment, free_port, trained
+from tests.launch.conftest import ROOT, WORDS, Together, environment, free_port, trained
 
 LAUNCH = ROOT / "launch"
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 
 def test_one_host(tmp_path: Path, together: Together) -> None:
-    command = [str(LAUNCH / "torchrun.sh"), *SMALL, f"--output.run={tmp_path}/run"]
+    command = [str(LAUNCH / "torchrun.sh"), *WORDS, f"--output.run={tmp_path}/run"]
     together(command, environment(STAGES="3"))
     trained(tmp_path / "run", stages=3)
 
 
 def test_two_hosts(tmp_path: Path, together: Together) -> None:
-    command = [str(LAUNCH / "multinode.sh"), *SMALL, f"--output.run={tmp_path}/run"]
+    command = [str(LAUNCH / "multinode.sh"), *WORDS, f"--output.run={tmp_path}/run"]
     host = environment(HEAD=f"127.0.0.1:{free_port()}", NODES="2", STAGES_PER_NODE="2", ADDRESS="127.0.0.1")
     said = together(command, host, host)
     trained(tmp_path / "run", stages=4)
@@ -51,7 +51,7 @@ def test_a_job_of_slurm(tmp_path: Path, together: Together) -> None:
     slurm["PATH"] = f"{stand_ins}:{slurm['PATH']}"
     copy = tmp_path / "slurm_script"  # as slurmd does
     copy.write_bytes((LAUNCH / "slurm.sbatch").read_bytes())
-    together(["bash", str(copy), *SMALL, f"--output.run={tmp_path}/run"], slurm)
+    together(["bash", str(copy), *WORDS, f"--output.run={tmp_path}/run"], slurm)
     trained(tmp_path / "run", stages=2)
 
 
@@ -59,7 +59,7 @@ def test_the_command_of_the_trainjob(tmp_path: Path, together: Together) -> None
     """Under what Kubeflow's Trainer puts into the environment of each pod."""
     yaml = pytest.importorskip("yaml")
     trainer = yaml.safe_load((LAUNCH / "trainjob.yaml").read_text())["spec"]["trainer"]
-    words = [*trainer["command"], *trainer["args"], f"--output.run={tmp_path}/run", *SMALL]
+    words = [*trainer["command"], *trainer["args"], f"--output.run={tmp_path}/run", *WORDS]
     port = str(free_port())
     pods = [
         environment(

@@ -68,16 +68,7 @@ class Flipper(Relay):
         super().__init__()
         self.left, self.bit, self.flipped = where, 1 << chance.randrange(8), False
 
-    def _accept(self, target: tuple[str, int]) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                one = self._server.accept()[0]
-                other = socket.create_connection(target)
-                self._open += [one, other]
-                self._run(self._flip, one, other)
-                self._run(self._pump, other, one)
-
-    def _flip(self, source: socket.socket, target: socket.socket) -> None:
+    def _forth(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := bytearray(source.recv(65536)):
                 if not self.flipped and self.left < len(data):

@@ -41,8 +41,12 @@ class Relay:
                 one = self._server.accept()[0]
                 other = socket.create_connection(target)
                 self._open += [one, other]
-                self._run(self._pump, one, other)
+                self._run(self._forth, one, other)
                 self._run(self._pump, other, one)
+
+    def _forth(self, source: socket.socket, target: socket.socket) -> None:
+        """What goes to the target."""
+        self._pump(source, target)
 
     @staticmethod
     def _pump(source: socket.socket, target: socket.socket) -> None:
