@@ -1,6 +1,6 @@
 """The image and the compose files on a real engine: DNIPIPE_DOCKER=1, and DOCKER_HOST where it is not the local one.
 
-DNIPIPE_DOCKER_BUILD: more arguments of `docker build`, as `--network host` or `--build-arg TORCH_INDEX=`.
+DNIPIPE_DOCKER_BUILD: more arguments of `docker build`, as `--network host`.
 """
 
 from __future__ import annotations
