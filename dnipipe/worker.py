@@ -300,13 +300,18 @@ class Worker:
         )
 
     def _report(self) -> None:
+        """A line of metrics, and one more for each evaluation that finds no room in it."""
+        for _ in range(max(1, self.metrics.unread)):
+            self._report_line()
+
+    def _report_line(self) -> None:
         with self.metrics.clock.span("report"):
             numbers = self.metrics.numbers(self.stage.in_flight, self.window.size)
             self.log.write(self.stage.last_batch, numbers)
             if self.trace:
                 self.trace.flush()
         now = time.monotonic()
-        if now >= self._next_told or self.stopping:
+        if now >= self._next_told or self.stopping or "eval.loss" in numbers:
             self._next_told = now + TOLD_EVERY
             self.send(Report(self.index, self.stage.last_batch, numbers))
 

@@ -52,6 +52,15 @@ def no_thread_stays() -> Any:
     assert threading.active_count() == before
 
 
+def test_each_evaluation_has_a_line_of_metrics(tmp_path: Path) -> None:
+    """Though all of them fall between two lines."""
+    told = train(tmp_path / "run", eval__every=10, output__every=1000)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics" / "stage-0.jsonl").read_text().splitlines()]
+    found = [(line["eval.batch"], line["eval.loss"]) for line in lines if "eval.loss" in line]
+    assert [batch for batch, _ in found] == [10, 20, 30, 40, 50]
+    assert found[-1][1] == told["eval"]["loss"]
+
+
 @pytest.mark.parametrize("delay", [0, 3])
 def test_a_run_repeats_bitwise(tmp_path: Path, delay: int) -> None:
     settings = {"transport__delay": delay, "model__dropout": 0.1, "eval__every": 20}

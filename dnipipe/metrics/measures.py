@@ -6,7 +6,7 @@ Tensors are kept as tensors until a number is asked for, so that no device is wa
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, fields
 
 import torch
@@ -68,7 +68,7 @@ class StageMetrics:
         self.clock = clock or Clock()
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()  # what the transport did not let in, by reason; its owner sets it
-        self._evaluation: dict[str, float] = {}  # since the last reading
+        self._evaluations: deque[dict[str, float]] = deque()  # that no reading has yet: a line has room for one
         self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
         self._uncompared = 0  # gradients still to come before the next that is compared
         self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
@@ -114,7 +114,12 @@ class StageMetrics:
     def evaluated(self, batch: int, loss: float, accuracy: float | None) -> None:
         """Of the model as it was after `batch`: on a slow link its answers come many batches later."""
         found = {"eval.batch": float(batch), "eval.loss": loss}
-        self._evaluation = found | ({} if accuracy is None else {"eval.accuracy": accuracy})
+        self._evaluations.append(found | ({} if accuracy is None else {"eval.accuracy": accuracy}))
+
+    @property
+    def unread(self) -> int:
+        """Evaluations that are in no line yet."""
+        return len(self._evaluations)
 
     def numbers(self, pending: int, window: int) -> dict[str, float]:
         """What happened since the last call, for a line of metrics. Absent: not measured, or not finite."""
@@ -127,7 +132,7 @@ class StageMetrics:
             "samples": lately.samples,
             "samples_per_second": lately.samples / spent["seconds"] if spent["seconds"] > 0 else 0.0,
             **lately.means(),
-            **self._evaluation,
+            **(self._evaluations.popleft() if self._evaluations else {}),
             "in_flight": pending,
             "window": window,
             "skipped": self.skipped.total(),
@@ -136,7 +141,7 @@ class StageMetrics:
         }
         if (now := memory()) is not None:
             found["memory"] = now
-        self._before, self._all, self._lately, self._evaluation = after, self._all + lately, _Sums(), {}
+        self._before, self._all, self._lately = after, self._all + lately, _Sums()
         return _finite(found)
 
     def totals(self) -> dict[str, float]:

@@ -156,6 +156,10 @@ def test_an_evaluation_stands_in_one_line() -> None:
     metrics.evaluated(40, 2.5, 0.25)
     assert metrics.numbers(0, 1).items() >= {"eval.batch": 40, "eval.loss": 2.5, "eval.accuracy": 0.25}.items()
     assert "eval.loss" not in metrics.numbers(0, 1)
+    metrics.evaluated(50, 2.25, None)
+    metrics.evaluated(60, 2.0, None)
+    assert [metrics.unread, metrics.numbers(0, 1)["eval.batch"]] == [2, 50]
+    assert [metrics.unread, metrics.numbers(0, 1)["eval.batch"], metrics.unread] == [1, 60, 0]
     metrics.evaluated(40, float("nan"), None)
     assert not {"eval.loss", "eval.accuracy"} & set(metrics.numbers(0, 1))
 
