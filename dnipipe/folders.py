@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from dnipipe.config import Config, flat
 from dnipipe.errors import CheckpointError, ConfigError
@@ -41,7 +42,8 @@ def check_unused(folder: Path) -> None:
 def write_config(folder: Path, config: Config) -> Path:
     """The settings as TOML, so that the run can be resumed from its folder, or another one started alike.
 
-    All but output.run: a run is where its file lies.
+    All but output.run: a run is where its file lies. Raises ConfigError for text that no file can hold: a path that is
+    not UTF-8.
     """
     lines, section = [], ""
     for name, value in flat(config):
@@ -50,9 +52,16 @@ def write_config(folder: Path, config: Config) -> Path:
         if name.split(".")[0] != section:
             section = name.split(".")[0]
             lines.append(f"\n[{section}]")
-        # JSON writes numbers, booleans, quoted text and lists as TOML does
-        lines.append(f"{name.split('.')[1]} = {json.dumps(value)}")
+        lines.append(f"{name.split('.')[1]} = {_toml(name, value)}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.toml"
-    path.write_text("\n".join(lines).lstrip() + "\n")
+    path.write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
     return path
+
+
+def _toml(name: str, value: Any) -> str:
+    """JSON writes numbers, booleans, quoted text and lists as TOML does, but for infinity and some characters."""
+    text = json.dumps(value, ensure_ascii=False)  # escaped, what is beyond \\uFFFF would be two surrogates: not TOML
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{name} = {value!r} is not UTF-8, which the run's config.toml is: rename it")
+    return {"Infinity": "inf", "-Infinity": "-inf"}.get(text, text).replace("\x7f", "\\u007f")

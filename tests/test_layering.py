@@ -135,7 +135,7 @@ def test_benchmarks_see_the_settings_and_the_command_line() -> None:
         "throughput": ("building", "data", "models", "optim", "process"),
         "transport": ("messages", "transport"),
         "faults": ("service",),
-        "fuzz": ("codec", "expected", "keys", "messages", "split", "transport"),
+        "fuzz": ("checkpoint", "codec", "expected", "keys", "messages", "service", "split", "transport"),
         "wire": ("wire",),
     }
     folder = PACKAGE.parent / "benchmarks"

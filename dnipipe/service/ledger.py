@@ -153,7 +153,7 @@ def read(path: Path) -> Account:
     for number, text in enumerate(lines[:-1], start=1):
         try:
             _take(found, json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise TraceError(f"{path}, line {number}: not a line of a ledger ({error!r})") from None
     return found
 
