@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.cells import ROOT
 from benchmarks.faults.pipeline import Hung
 from benchmarks.faults.report import Results, line, table
-from benchmarks.faults.rows import FAULTS, SKIPPED, Row, measure, undisturbed
+from benchmarks.faults.rows import FAULTS, measure, undisturbed
 
 RESULTS = ROOT / "benchmarks" / "faults" / "results"
 
@@ -42,7 +42,6 @@ def _measure(results: Results, names: Sequence[str], options: argparse.Namespace
             results.rows[name] = row
             results.save()
             print(line(row), flush=True)
-    results.rows |= {name: Row(name, skipped=why) for name, why in SKIPPED.items()}
     batches = max((row.loss[0] for row in results.rows.values() if row.loss), default=0)
     for seed in range(0 if options.table else options.seeds):
         if max(results.undisturbed.get(seed, {}), default=0) < batches:

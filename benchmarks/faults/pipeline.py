@@ -82,6 +82,7 @@ class Pipeline:
         self.run, self.config = folder / "run", folder / "run.toml"
         self.supervisors: dict[int, subprocess.Popen[bytes]] = {}
         self.extra: list[subprocess.Popen[bytes]] = []  # second processes of a stage
+        self.environment: dict[int, dict[str, str]] = {}  # of a stage's processes, over ours
         self.peak = [0] * stages  # bytes of resident memory, of any process of the stage
         self._pids: dict[int, int] = {}
         self.left = 0  # processes found behind the end
@@ -143,7 +144,7 @@ class Pipeline:
                 cwd=ROOT,
                 stdout=said,
                 stderr=said,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **self.environment.get(stage, {})},
                 start_new_session=True,
             )
 

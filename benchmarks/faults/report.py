@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.faults.rows import FAULTS, SKIPPED, Row
+from benchmarks.faults.rows import FAULTS, Row
 from benchmarks.tables import MISSING, markdown
 
 HEAD = (
@@ -61,7 +61,7 @@ class Results:
 
 def table(results: Results) -> str:
     """Markdown: where it ran, and a row a fault, in the order of the study."""
-    order = [name for name in (*FAULTS, *SKIPPED) if name in results.rows]
+    order = [name for name in FAULTS if name in results.rows]
     rows = [results.rows[name] for name in order]
     lines = [cells(row, results.undisturbed) for row in rows]
     return f"# A pipeline under faults\n\n{_origin(rows)}\n{markdown(HEAD, lines)}\n{NOTE}"

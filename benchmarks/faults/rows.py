@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.emulator import Emulator, Link, missing
-from benchmarks.faults import disks, network, processes
+from benchmarks.faults import clocks, disks, network, processes
 from benchmarks.faults.events import Event, detected, recovered, spread
 from benchmarks.faults.pipeline import Hung, Pipeline, wrong
 from benchmarks.figures import processor
@@ -37,7 +37,8 @@ class Fault:
     Args:
         make: makes it once. amount: how often, in ten minutes; 0: by chance, about 40 times, whatever goes on.
         lacks: what this machine lacks for it. hosts: the stages are hosts of their own.
-        small: the stages' folders are small file systems. quiet: no stage may be taken for gone.
+        small: the stages' folders are small file systems. stepping: their clocks can be set. quiet: no stage may be
+            taken for gone.
     """
 
     make: Make
@@ -45,6 +46,7 @@ class Fault:
     lacks: Callable[[], str] = nothing
     hosts: bool = False
     small: bool = False
+    stepping: bool = False
     quiet: bool = False
 
 
@@ -100,8 +102,8 @@ FAULTS: dict[str, Fault] = {
     "I/O error for 3 s": Fault(disks.failing_sync, 5, disks.no_strace),
     "kill -9 while saving": Fault(disks.kill_while_saving, 20),
     "own state damaged": Fault(disks.damaged, 20),
+    "clock steps of ± 288 s": Fault(clocks.step, 15, clocks.no_library, stepping=True, quiet=True),
 }
-SKIPPED = {"clock steps of ± 288 s": "libfaketime is not used: the whole machine's clock would have to be moved"}
 
 
 def measure(name: str, stages: int, minutes: float, rate: float, seed: int) -> Row:
@@ -164,6 +166,8 @@ def _pipeline(fault: Fault, stages: int, rate: float) -> Iterator[Pipeline]:
         if fault.small:
             disks.mounted(pipeline)
             stack.callback(disks.unmounted, pipeline)
+        if fault.stepping:
+            clocks.prepared(pipeline)
         yield stack.enter_context(pipeline)
 
 

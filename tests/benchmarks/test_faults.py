@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from benchmarks.faults import clocks
 from benchmarks.faults.events import Event, detected, quantile, recovered, spread
 from benchmarks.faults.pipeline import Pipeline, wrong
 from benchmarks.faults.report import HEAD, Results, cells, table
@@ -99,6 +101,24 @@ def test_the_pipeline_goes_on_behind_every_fault_and_its_ledgers_are_exact(pipel
     FAULTS[SHORT[number]].make(pipeline, (number + 1) % 3, random.Random(number))
     pipeline.until_all_pass(pipeline.last())
     assert wrong(pipeline.accounts()) == []
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(bool(clocks.no_library()), reason="libfaketime is not installed: no clock was made to step")
+def test_a_clock_that_steps_is_nobodys_concern(tmp_path: Path) -> None:
+    """The steps are in the stage's ledger, so they were made; and no stage took another for gone."""
+    pipeline = Pipeline(tmp_path / "pipeline", 2, rate=20.0, silence=2.0, hung=6.0)
+    clocks.prepared(pipeline)
+    with pipeline:
+        pipeline.until_all_pass(5)
+        clocks.step(pipeline, 0, random.Random(0))
+        pipeline.until_all_pass(pipeline.last())
+        pipeline.close()
+        accounts = pipeline.accounts()
+    steps = [round(b - a) for a, b in pairwise(accounts[0].times) if abs(b - a) > clocks.STEP / 2]
+    assert len(steps) == 2 and all(abs(abs(step) - clocks.STEP) < 10 for step in steps) and abs(sum(steps)) < 10
+    assert max(b - a for a, b in pairwise(accounts[1].times)) < 10
+    assert wrong(accounts) == [] and not [line for account in accounts for line in account.away if "gone" in line]
 
 
 @pytest.mark.slow
