@@ -205,7 +205,9 @@ class Pipeline:
         return ledger.read(path) if path.exists() else ledger.Account()
 
     def accounts(self) -> list[ledger.Account]:
-        return [self.account(stage) for stage in range(self.stages)]
+        """Of all stages. The last is read first: so of a run that goes on, no stage is seen to have what the one before
+        it, which was read earlier, had not yet."""
+        return [self.account(stage) for stage in reversed(range(self.stages))][::-1]
 
     def begun(self, stage: int) -> int:
         """The batch id that the stage began last, from the end of its ledger."""
