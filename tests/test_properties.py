@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -199,8 +200,13 @@ def test_a_path_that_is_not_text_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed: no guided fuzzing")
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_guided_fuzzer_finds_nothing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """In short; `python -m benchmarks.fuzz.guided --seconds 600` in full."""
+def test_the_guided_fuzzer_finds_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And leaves nothing. In short; `python -m benchmarks.fuzz.guided --seconds 600` in full."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert guided.main([name, "--seconds", "2"]) == 0
     said = capfd.readouterr().out
     assert f"{name}: " in said and "nothing found" in said
+    assert list(tmp_path.iterdir()) == []

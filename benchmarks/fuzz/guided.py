@@ -39,16 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _said(name: str, seconds: int, seed: int) -> bool:
     """Run one target and print what came of it. Returns whether nothing was found."""
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks.fuzz.watched", name, folder, str(seconds), str(seed)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=seconds + SLACK,
-        )
+        try:
+            process = subprocess.run(
+                [sys.executable, "-m", "benchmarks.fuzz.watched", name, folder, str(seconds), str(seed)],
+                cwd=ROOT,
+                # libFuzzer ends the process without a word to Python, so what it leaves must lie in our folder
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                timeout=seconds + SLACK,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{name}: its process has not ended {SLACK} s after its time", flush=True)
+            return False
         done = re.search(r"Done (\d+) runs", process.stdout)
         reached = re.findall(r"cov: (\d+)", process.stdout)
         if process.returncode == 0 and done and reached:
