@@ -62,6 +62,8 @@ def write_config(folder: Path, config: Config) -> Path:
 def _toml(name: str, value: Any) -> str:
     """JSON writes numbers, booleans, quoted text and lists as TOML does, but for infinity and some characters."""
     text = json.dumps(value, ensure_ascii=False)  # escaped, what is beyond U+FFFF would be two surrogates: not TOML
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ConfigError(f"{name} = {value!r} is not UTF-8, which the run's config.toml is: rename it")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} = {value!r} is not UTF-8, which the run's config.toml is: rename it") from None
     return {"Infinity": "inf", "-Infinity": "-inf"}.get(text, text).replace("\x7f", "\\u007f")
