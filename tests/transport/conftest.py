@@ -11,12 +11,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 from torch.distributed import HashStore
 
 from dnipipe import keys
@@ -180,10 +177,3 @@ def assert_lost(transport: Transport, side: Side, says: str = "closed|gone") -> 
             transport.receive([side], WAIT)
     with pytest.raises(PeerLost, match=says):
         transport.send(side, Checkpoint(0))
-
-
-def assert_same(one: Message, other: Message) -> None:
-    assert type(one) is type(other)
-    for item in fields(one):
-        a, b = getattr(one, item.name), getattr(other, item.name)
-        assert torch.equal(a, b) and a.dtype == b.dtype and not b.requires_grad if isinstance(a, Tensor) else a == b

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from benchmarks.fuzz.targets import alike
 from dnipipe.errors import PeerLost, WaitTimeout
 from dnipipe.messages import Answer, Gradient, Message, Saved, Stop
 from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.zmq import ZmqTransport
-from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Zmq, assert_same, take
+from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Zmq, take
 
 LARGE = torch.arange(2**18, dtype=torch.float32)  # 1 MiB: a few fill every buffer of a connection
 MANY = 60  # of them are more than all its buffers and queues hold
@@ -37,7 +38,7 @@ def test_the_oldest_gradient_is_left_out_and_its_answer_is_not() -> None:
     for message in said:
         backlog.append(message)
     got = drained(backlog)
-    assert_same(got[0], Gradient(7, None, starved=True, full=True))
+    assert alike(got[0], Gradient(7, None, starved=True, full=True))
     for one, other in zip(got[1:], said[1:], strict=True):
         assert one is other
 
@@ -51,7 +52,7 @@ def test_what_has_gone_makes_room_for_another() -> None:
     backlog.append(Gradient(3, g))
     backlog.clear()
     backlog.append(Gradient(4, g))
-    assert_same(*drained(backlog), Gradient(4, g))
+    assert alike(*drained(backlog), Gradient(4, g))
 
 
 def test_a_slow_reader_gets_every_answer_in_order_and_of_the_gradients_the_newest(zeromq: Zmq) -> None:
@@ -78,7 +79,7 @@ def test_a_reader_that_keeps_up_gets_every_gradient(zeromq: Zmq) -> None:
         b.send(PREVIOUS, Gradient(batch, LARGE))
         while (got := a.receive([NEXT], 0.01)) is None:
             b.receive([PREVIOUS], 0)
-        assert_same(got[1], Gradient(batch, LARGE))
+        assert alike(got[1], Gradient(batch, LARGE))
 
 
 def test_without_the_setting_a_gradient_waits_for_room(zeromq: Zmq) -> None:
