@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe import inputs, optim, predictors, split
+from dnipipe.beside import Beside, beside
 from dnipipe.config import Config, phases
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
@@ -32,9 +33,11 @@ from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.staging import StagedTransport
 from dnipipe.stash import Graphs
 from dnipipe.sync import SyncStage
 from dnipipe.transport import Side, Transport
+from dnipipe.transport.nccl import NcclTransport
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
 from dnipipe.wire import Wire
@@ -104,6 +107,11 @@ def device_of(settings: Config) -> torch.device:
         raise ConfigError(f"pipeline.device = {name}: expected auto, cpu or cuda") from None
 
 
+def beside_of(settings: Config) -> Beside:
+    """This process's. Stages that share it are on one line: what one of them makes, the next one finds made."""
+    return beside(device_of(settings), lines=settings.transport.kind != "local")
+
+
 # -- a stage of it -----------------------------------------------------------------------------------------------
 
 
@@ -133,7 +141,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         stop_on_nan=settings.train.on_nan == "stop",
         seed=settings.train.seed,
         first_layer=plan.layers_of(index)[0],
-        device=device,
+        beside=beside_of(settings),
         # a compiled graph may reuse what it has saved, and is gone after one backward
         graphs=Graphs(0 if compiled else settings.pipeline.memory * 2**20 // 2),
     )
@@ -162,7 +170,8 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
     def rule(name: str) -> GradientRule:
         made: GradientRule
         if index == plan.stages - 1:
-            made = LossGradient(job.loss, RULES[name].teaches, measured.loss, settings.train.on_nan == "stop")
+            stops = settings.train.on_nan == "stop"
+            made = LossGradient(job.loss, RULES[name].teaches, measured.loss, stops, beside_of(settings))
         else:
             made = RULES[name].build(settings, learner)
         p, first_layer = settings.rule.p_update, plan.layers_of(index)[0]
@@ -209,10 +218,15 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     return Window(None, limit=min(256, budget // max(1, 4 * kept)))
 
 
-def wired(settings: Config, plan: Plan, index: int, transport: Transport) -> Transport:
-    """The stage's transport, and around it what makes its tensors smaller on the way, if the settings ask for any."""
+def wired(settings: Config, plan: Plan, measured: StageMetrics, transport: Transport) -> Transport:
+    """The stage's transport; around it, on a GPU, what takes its tensors from there; and around that what makes them
+    smaller on the way, if the settings ask for any."""
+    index, lines = measured.stage, beside_of(settings)
+    if lines.are_there:
+        direct = isinstance(transport, NcclTransport)
+        transport = StagedTransport(transport, lines, direct, busy=measured.clock.span("device"))
     if not settings.wire.changes:
         return transport
     edges = {Side.PREVIOUS: index - 1, Side.NEXT: index}
     dtypes = {side: getattr(torch, plan.h(k)[0]) for side, k in edges.items() if 0 <= k < plan.stages - 1}
-    return Wire(transport, settings.wire, dtypes, settings.train.seed)
+    return Wire(transport, settings.wire, dtypes, settings.train.seed, lines)

@@ -75,22 +75,27 @@ def encode(message: Message, run: str, seq: int) -> list[Frame]:
 
     Raises MessageError if the header does not fit (a very long text, too many settings) or a dtype is not in DTYPES.
     """
+    header, tensors = announce(message, run, seq)
+    return [header, *map(_bytes_of, tensors)]
+
+
+def announce(message: Message, run: str, seq: int) -> tuple[bytes, list[Tensor]]:
+    """The header frame, and the tensors whose bytes are to follow. Raises MessageError as `encode` does."""
     kind = type(message).__name__
-    frames: list[Frame] = [b""]
+    tensors: list[Tensor] = []
     said: list[Any] = []
     for name, (check, _) in TABLES[kind].items():
         value = getattr(message, name)
         if check is a_tensor and value is not None:
             said.append((value.dtype, value.shape))
-            frames.append(_bytes_of(value))
+            tensors.append(value)
         else:
             said.append(value)
     text = (_text_of if kind in FRESH else _known_text_of)(kind, run, *said)
     try:
-        frames[0] = _NUMBERS.pack(seq, getattr(message, "batch", 0)) + text
+        return _NUMBERS.pack(seq, getattr(message, "batch", 0)) + text, tensors
     except struct.error as error:
         raise MessageError(f"{kind} cannot be written as a header: {error}") from None
-    return frames
 
 
 def _text_of(kind: str, run: str, *said: Any) -> bytes:
@@ -145,8 +150,8 @@ def read_header(frame: Frame) -> Header:
     return Header(run, seq, kind, batch, text)
 
 
-def read_body(header: Header, frames: Sequence[Frame], limit: int = TENSOR_LIMIT) -> Message:
-    """The message of a header and the frames of its tensors (without the header's own)."""
+def read_body(header: Header, frames: Sequence[Frame | Tensor], limit: int = TENSOR_LIMIT) -> Message:
+    """The message of a header and its tensors' frames, or their bytes (n,) uint8 where these came apart."""
     plain, layouts, batched = _known_fields(header.text)
     if len(frames) < len(layouts):
         where = layouts[len(frames)].where
@@ -272,7 +277,7 @@ def _layout(name: str, spec: Any, where: str) -> _Layout:
     return _Layout(name, where, dtype, tuple(shape), math.prod(shape) * itemsize, room)
 
 
-def _tensor_of(layout: _Layout, frame: Frame, limit: int) -> Tensor:
+def _tensor_of(layout: _Layout, frame: Frame | Tensor, limit: int) -> Tensor:
     layout.check(limit)
     dtype, shape = DTYPES[layout.dtype], layout.shape
     if layout.size != len(frame):
@@ -280,7 +285,11 @@ def _tensor_of(layout: _Layout, frame: Frame, limit: int) -> Tensor:
         raise MessageError(f"{layout.where}: {told_size}, its frame has {len(frame)}")
     if layout.size == 0:
         return torch.empty(shape, dtype=dtype)
-    if dtype is torch.bool and int(torch.frombuffer(frame, dtype=torch.uint8).max()) > 1:
+    if dtype is torch.bool and int(_as(torch.uint8, frame).max()) > 1:
         raise MessageError(f"{layout.where}: a bool that is neither 0 nor 1")
-    tensor = torch.frombuffer(frame, dtype=dtype)
+    tensor = _as(dtype, frame)
     return tensor if len(shape) == 1 else tensor.view(shape)
+
+
+def _as(dtype: torch.dtype, frame: Frame | Tensor) -> Tensor:
+    return frame.view(dtype) if isinstance(frame, Tensor) else torch.frombuffer(frame, dtype=dtype)

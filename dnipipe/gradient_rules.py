@@ -83,6 +83,9 @@ class GradientRule(ABC):
         """Whether the stage updates on this batch at all."""
         return True
 
+    def settle(self) -> None:  # noqa: B027  most put nothing off
+        """Do what was put off, before a checkpoint is saved. May raise what `now` may."""
+
     @abstractmethod
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         """What to do with the batch at once."""

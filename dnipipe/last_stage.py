@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dnipipe.beside import NOWHERE, Beside, Done
 from dnipipe.errors import NonFiniteLoss
 from dnipipe.gradient_rules import GradientRule, Skip, Use
 from dnipipe.predictors import Loss, loss_terms
@@ -23,6 +24,8 @@ class LossGradient(GradientRule):
         teaches: whether the rule of the stages before learns from gradients.
         observe: told the loss of every batch (0-dim, detached) and its number of terms.
         stop_on_nan: raise NonFiniteLoss, or else skip the batch.
+        beside: of the stage. On a GPU of its own, a loss that would end the run is read while the next batch is under
+            way (or by `settle`), so that the host need not wait for each forward; to skip a batch, it does wait.
     """
 
     def __init__(
@@ -31,28 +34,51 @@ class LossGradient(GradientRule):
         teaches: bool,
         observe: Callable[[Tensor, int], None],
         stop_on_nan: bool = True,
+        beside: Beside = NOWHERE,
     ) -> None:
         self.loss = loss
         self.teaches = teaches
         self.observe = observe
         self.stop_on_nan = stop_on_nan
+        self.beside = beside
+        self._unread: tuple[int, Tensor, Done] | None = None  # batch id, its loss, and whether that is there
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip:
         h = h.detach().requires_grad_()
         value = self.loss(h, y)
-        if not torch.isfinite(value):
-            if self.stop_on_nan:
-                raise NonFiniteLoss(
-                    f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
-                    "or go on without such batches with train.on_nan = skip"
-                )
+        if self.stop_on_nan:
+            self._check(batch, value)
+        elif not torch.isfinite(value):
             return Skip("loss not finite")
         (g,) = torch.autograd.grad(value, h)
         self.observe(value.detach(), loss_terms(y))
         return Use(g, update=True, send=True)
 
+    def _check(self, batch: int, value: Tensor) -> None:
+        """Raises NonFiniteLoss for this batch; or for the last one, and then this one's turn is with the next."""
+        if not self.beside.are_there:
+            _stop_unless_finite(batch, value)
+            return
+        self.settle()
+        self._unread = batch, self.beside.take(value), self.beside.mark()
+
+    def settle(self) -> None:
+        if self._unread is not None:
+            batch, value, done = self._unread
+            done(True)
+            self._unread = None
+            _stop_unless_finite(batch, value)
+
     def arrived(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         raise AssertionError("no stage follows the last")
+
+
+def _stop_unless_finite(batch: int, value: Tensor) -> None:
+    if not torch.isfinite(value):
+        raise NonFiniteLoss(
+            f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
+            "or go on without such batches with train.on_nan = skip"
+        )
 
 
 def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:

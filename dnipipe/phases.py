@@ -30,6 +30,10 @@ class Phases(GradientRule):
     def at(self, batch: int) -> GradientRule:
         return self.rules[bisect_right(self.starts, batch) - 1]
 
+    def settle(self) -> None:
+        for rule in self.rules:
+            rule.settle()
+
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         return self.at(batch).now(batch, h, y)
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -36,13 +35,12 @@ from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
-from dnipipe.expected import expected
 from dnipipe.folders import INITIAL, check_unused, write_config
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
-from dnipipe.keys import KeyRing
 from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
+from dnipipe.opening import edges, opened
 from dnipipe.rendezvous import Rendezvous, socket_folder
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
@@ -50,12 +48,8 @@ from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.sync import SyncStage
 from dnipipe.tracing.writer import Trace
 from dnipipe.transport import Side, Transport
-from dnipipe.transport.gloo import GlooTransport, choose_interface
-from dnipipe.transport.local import pipeline
-from dnipipe.transport.zmq import ZmqTransport
+from dnipipe.transport.apart import ApartTransport
 from dnipipe.worker import Worker
-
-QUEUE = 512  # messages that may wait on an edge, each way: a window has 256 batches at most; and there are markers
 
 
 @dataclass(frozen=True)
@@ -100,10 +94,11 @@ def work(job: Job, resume: bool = False) -> Path:
         stack.callback(sockets.cleanup)
         with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = build(job, model, agreed, meeting.rank)
-            transport = stack.enter_context(_opened(meeting, settings, agreed, Path(sockets.name), stage.metrics))
-        if isinstance(transport, GlooTransport):
-            for side, lower in _edges(meeting).items():
-                transport.join(side, meeting.part(f"gloo/{lower}"))
+            ids = agreed.run_id, agreed.plan
+            transport = stack.enter_context(opened(meeting, settings, *ids, Path(sockets.name), stage.metrics))
+        if isinstance(transport, ApartTransport):
+            for side, lower in edges(meeting).items():
+                transport.join(side, meeting.part(f"{transport.way}/{lower}"))
         if isinstance(stage, SyncStage):
             with meeting.together("joined"):
                 address, private = settings.transport.address, settings.security.private_network
@@ -157,7 +152,7 @@ def worker_of(
     try:
         yield kind(
             stage,
-            wired(settings, plan, stage.index, transport),
+            wired(settings, plan, stage.metrics, transport),
             window_of(settings, plan, stage.index),
             stage.metrics,
             log,
@@ -243,62 +238,11 @@ def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
 # -- connecting --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(
-    meeting: Rendezvous, settings: Config, agreed: Agreement, sockets: Path, measured: StageMetrics
-) -> Iterator[Transport]:
-    """This stage's two edges: it binds the one to the next stage, and connects to the one before."""
-    if meeting.world == 1:
-        yield pipeline(1, capacity=1, timeout=settings.transport.timeout)[0]
-        return
-    names = {Side.PREVIOUS: f"stage {meeting.rank - 1}", Side.NEXT: f"stage {meeting.rank + 1}"}
-    kind = ZmqTransport
-    if settings.transport.kind == "gloo":
-        choose_interface(meeting.machines, settings.security.private_network)
-        kind = GlooTransport
-    transport = kind(
-        agreed.run_id,
-        **edges_of(settings, meeting.rank),
-        names=names,
-        fits=expected(agreed.plan, settings.wire, meeting.rank),
-        packing=measured.clock.span("serialize"),
-        full=measured.clock.span("wait_send"),
-    )
-    measured.dropped = transport.dropped
-    try:
-        if meeting.rank < meeting.world - 1:
-            private = settings.security.private_network
-            address = meeting.address(settings.transport.scheme, settings.transport.address, sockets)
-            meeting.publish(f"endpoint/{meeting.rank}", f"made {transport.listen(address, private)}")
-        if meeting.rank > 0:
-            transport.connect(meeting.made(f"endpoint/{meeting.rank - 1}", meeting.rank - 1))
-        yield transport
-    finally:
-        transport.close()
-
-
-def edges_of(settings: Config, stage: int) -> dict[str, Any]:
-    """What the settings say of a stage's edges, as ZmqTransport takes it."""
-    return {
-        "queue": QUEUE,
-        "timeout": settings.transport.timeout,
-        "max_message": settings.transport.max_message * 2**20,
-        "ring": KeyRing.of(settings.security.keys, stage),
-        "spare": settings.wire.gradient_queue,
-    }
-
-
-def _edges(meeting: Rendezvous) -> dict[Side, int]:
-    """This stage's edges, each with the index of its first stage; that of the stage before comes first."""
-    both = {Side.PREVIOUS: meeting.rank - 1, Side.NEXT: meeting.rank}
-    return {side: lower for side, lower in both.items() if 0 <= lower < meeting.world - 1}
-
-
 def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Side, Hello]:
     """What this stage says first on each of its edges."""
     k, plan = meeting.rank, agreed.plan
     hellos = {}
-    for side, lower in _edges(meeting).items():
+    for side, lower in edges(meeting).items():
         dtype, shape = plan.h(lower)
         hellos[side] = Hello(agreed.run_id, k, plan.stages, meeting.incarnation, agreed.settings, shape, dtype)
     return hellos

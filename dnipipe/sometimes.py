@@ -33,6 +33,9 @@ class Sometimes(GradientRule):
     def draws(self, batch: int) -> bool:
         return chance(self.p, self.seed, self.first_layer, "update", batch)
 
+    def settle(self) -> None:
+        self.inner.settle()
+
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
         return self.inner.now(batch, h, y) if self.draws(batch) else Skip("not drawn")
 

@@ -33,6 +33,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
 
+from dnipipe.beside import NOWHERE, Beside
 from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 from dnipipe.last_stage import score
@@ -58,6 +59,7 @@ class Stage:
         loss: of the model, for evaluation; used by the last stage only.
         stop_on_nan: raise NonFiniteLoss for a NaN or infinity that a neighbour sent, or else learn nothing from it.
         seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
+        beside: how what comes is brought to the device that the module is on.
         graphs: how many may be kept, where the rule has weights stashed; none if it is left out.
     """
 
@@ -74,12 +76,12 @@ class Stage:
         stop_on_nan: bool = True,
         seed: int = 0,
         first_layer: int = 0,
-        device: torch.device | str = "cpu",
+        beside: Beside = NOWHERE,
         graphs: Graphs | None = None,
     ) -> None:
         self.index, self.stages = index, stages
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
-        self.loss, self.seed, self.first_layer, self.device = loss, seed, first_layer, device
+        self.loss, self.seed, self.first_layer, self.beside = loss, seed, first_layer, beside
         self.graphs, self.stop_on_nan = graphs or Graphs(), stop_on_nan
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
@@ -122,7 +124,7 @@ class Stage:
     # -- training ----------------------------------------------------------------------------------------------
 
     def on_activation(self, message: Activation) -> Iterator[Message]:
-        batch, y = message.batch, message.y.to(self.device)
+        batch, y = message.batch, self.beside.bring(message.y)
         self._check_order(batch)
         self.last_batch = batch
         if self.index > 0 and not self._usable(message.x, batch, "activation"):
@@ -131,7 +133,7 @@ class Stage:
             return
         self._mode(training=True)
         rule = self.rule.at(batch)
-        x = message.x.detach().to(self.device).requires_grad_(self.index > 0 and rule.teaches)
+        x = self.beside.bring(message.x.detach()).requires_grad_(self.index > 0 and rule.teaches)
         with self.metrics.clock.span("optimizer"):
             self.descent.lean(self.late)
             stash = None if rule.stash is None or self.last else Stash(self.module)
@@ -172,7 +174,7 @@ class Stage:
         self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
-        batch, g = message.batch, message.g if message.g is None else message.g.to(self.device)
+        batch, g = message.batch, message.g if message.g is None else self.beside.bring(message.g)
         pending = self.pending.pop(batch, None)  # 6
         of = pending and Target.of(pending, message.samples)
         if pending is None or of is None or (g is not None and g.shape != of.h.shape):
@@ -204,9 +206,10 @@ class Stage:
 
     def _usable(self, tensor: Tensor, batch: int, what: str) -> bool:
         """Whether what a neighbour sent is finite throughout. Raises NonFiniteLoss if anything else stops the run."""
-        # one pass and no copy; a sum that is not finite may also be one that is too large
-        if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
-            return True
+        with self.beside:
+            # one pass and no copy; a sum that is not finite may also be one that is too large
+            if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
+                return True
         if self.stop_on_nan:
             raise NonFiniteLoss(
                 f"the {what} that came to stage {self.index} holds NaN or infinity in batch {batch}: lower "
@@ -294,9 +297,9 @@ class Stage:
     def on_evaluation(self, message: Evaluation) -> Iterator[Message]:
         self._mode(training=False)
         with self.metrics.clock.span("evaluation"), torch.no_grad():
-            h = self.module(message.x.to(self.device))
+            h = self.module(self.beside.bring(message.x))
             if self.last and message.y is not None:
-                h = score(h, message.y.to(self.device), self.loss)
+                h = score(h, self.beside.bring(message.y), self.loss)
         if not self.last:
             self.evaluating.add(message.batch)
         yield Answer(message.batch, h) if self.last else Evaluation(message.batch, h, message.y)
@@ -309,6 +312,7 @@ class Stage:
 
     def on_checkpoint(self, message: Checkpoint) -> Iterator[Message]:
         """The marker goes on at once; this stage saves right after its update on that batch, now or later."""
+        self.rule.settle()
         if not self.last:
             yield message
         pending = self.pending.get(message.batch)

@@ -42,10 +42,10 @@ class SyncStage(Stage):
         super().__init__(*arguments, **options)
         self.kind, self.plan = settings.schedule, plan
         self.microbatches = microbatches(settings, plan.stages, plan.x[0])
-        if torch.device(self.device).type != "cpu":
+        if self.beside.device.type != "cpu":
             raise ConfigError(
-                f"pipeline.device = {self.device} with rule.name = sync: gloo sends from the main memory alone; use "
-                "pipeline.device = cpu"
+                f"pipeline.device = {self.beside.device} with rule.name = sync: gloo sends from the main memory alone; "
+                "use pipeline.device = cpu"
             )
 
     def join(self, timeout: float) -> None:
@@ -59,7 +59,7 @@ class SyncStage(Stage):
             self.module,
             self.index,
             self.stages,
-            self.device,
+            self.beside.device,
             input_args=self._like(*before, learns=self.index > 0),
             output_args=self._like(plan.shapes[layers[-1]], plan.dtypes[layers[-1]], learns=True),
         )

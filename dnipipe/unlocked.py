@@ -48,7 +48,7 @@ class UnlockedStage(Stage):
         batch, x = message.batch, message.x
         self._check_order(batch)
         if self.inputs:
-            x = x.to(self.device)
+            x = self.beside.bring(x)
             self.inputs.check(x)
         if not self.last:
             yield message
@@ -69,7 +69,7 @@ class UnlockedStage(Stage):
         if message.batch != self.last_batch:
             raise MessageError(f"stage {self.index} had no input of batch {message.batch} before its activation")
         if self.seen is not None and self._usable(message.x, message.batch, "activation"):
-            h = message.x.to(self.device)
+            h = self.beside.bring(message.x)
             with self.metrics.clock.span("predictor"):
                 self.metrics.input_guessed(self.inputs.learn(self.seen, h), h)
         return iter(())

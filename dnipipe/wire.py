@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dnipipe.beside import NOWHERE, Beside
 from dnipipe.config import WireSettings
 from dnipipe.errors import MessageError
 from dnipipe.messages import Activation, Gradient, Message
@@ -118,12 +119,18 @@ class Wire:
         settings: the forms, and which gradients are carried at all, and how much of them.
         dtypes: of the tensors on each of the stage's edges, as the stages on both of its ends have them.
         seed: decides, with the batch, which samples' gradients are carried.
+        beside: where what came is restored: on a GPU, to which it is brought in its smaller form.
     """
 
     def __init__(
-        self, inner: Transport, settings: WireSettings, dtypes: Mapping[Side, torch.dtype], seed: int = 0
+        self,
+        inner: Transport,
+        settings: WireSettings,
+        dtypes: Mapping[Side, torch.dtype],
+        seed: int = 0,
+        beside: Beside = NOWHERE,
     ) -> None:
-        self.inner, self.dtypes, self.seed = inner, dtypes, seed
+        self.inner, self.dtypes, self.seed, self.beside = inner, dtypes, seed, beside
         self.every, self.rows = settings.gradient_every, settings.gradient_rows
         self._activations = {side: form_of(settings.activations, dtype) for side, dtype in dtypes.items()}
         self._gradients = {side: form_of(settings.gradients, dtype) for side, dtype in dtypes.items()}
@@ -155,11 +162,19 @@ class Wire:
     def _restored(self, side: Side, message: Message) -> Message:
         if isinstance(message, Activation):
             form, where = self._activations[side], f"Activation.x of batch {message.batch}"
-            return replace(message, x=unpack(message.x, message.scale, form, self.dtypes[side], where), scale=None)
+            return replace(message, x=self._unpacked(side, message.x, message.scale, form, where), scale=None)
         if isinstance(message, Gradient) and message.g is not None:
             form, where = self._gradients[side], f"Gradient.g of batch {message.batch}"
-            return replace(message, g=unpack(message.g, message.scale, form, self.dtypes[side], where), scale=None)
+            return replace(message, g=self._unpacked(side, message.g, message.scale, form, where), scale=None)
         return message
+
+    def _unpacked(self, side: Side, values: Tensor, scale: Tensor | None, form: Form | None, where: str) -> Tensor:
+        if form is None:
+            return unpack(values, scale, form, self.dtypes[side], where)
+        values, scale = self.beside.bring(values), None if scale is None else self.beside.bring(scale)
+        with self.beside:
+            restored = unpack(values, scale, form, self.dtypes[side], where)
+        return self.beside.for_compute(restored)
 
     def wake(self) -> None:
         self.inner.wake()

@@ -6,8 +6,9 @@ now(batch, h, y) ─► Use or None       arrived(batch, h, y, g, ĝ) ─► Use
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnipipe.beside import Beside
 from dnipipe.config import build
 from dnipipe.errors import ConfigError, NonFiniteLoss
 from dnipipe.gradient_rules import (
@@ -34,7 +36,9 @@ from dnipipe.last_stage import LossGradient
 from dnipipe.learner import Learner
 from dnipipe.lessons import Distance
 from dnipipe.messages import Activation
+from dnipipe.phases import Phases
 from dnipipe.predictors import VFBN, Predictor
+from dnipipe.sometimes import Sometimes
 from dnipipe.trust import READ
 from tests.conftest import Line, make_stages
 
@@ -248,6 +252,43 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped_and_never_told(bad: float
         rule(stop=True).now(7, H, Y)
     assert rule(stop=False).now(7, H, Y) == Skip("loss not finite")
     assert told == []
+
+
+class Later:
+    """A GPU's lines that have taken nothing before they are waited for."""
+
+    are_there = True
+
+    def __init__(self) -> None:
+        self.waited = 0
+
+    def take(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+    def mark(self, taken: bool = True) -> Callable[[bool], bool]:
+        def done(wait: bool) -> bool:
+            self.waited += wait
+            return True
+
+        return done
+
+
+def test_on_a_gpu_a_loss_is_looked_at_with_the_next_batch_or_before_a_checkpoint() -> None:
+    later, factor = Later(), [1.0]
+    rule = LossGradient(lambda h, y: h.sum() * factor[0], True, lambda value, terms: None, True, cast(Beside, later))
+    rule.now(1, H, Y)
+    assert later.waited == 0
+    factor[0] = float("nan")
+    rule.now(2, H, Y)  # the first was fine
+    assert later.waited == 1
+    with pytest.raises(NonFiniteLoss, match="the loss is nan at batch 2"):
+        rule.now(3, H, Y)
+    rule.settle()  # it has been said
+    rule.now(4, H, Y)
+    for wrapped in (Sometimes(rule, 0.5, 0, 0), Phases([(1, rule)])):
+        with pytest.raises(NonFiniteLoss, match="at batch 4"):
+            wrapped.settle()
+        rule.now(4, H, Y)
 
 
 # -- BP(λ) -------------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ MAY = {
     "fields": "messages errors",
     "codec": "messages errors fields",
     "keys": "errors",
-    "transport": "messages errors codec keys",
-    "wire": "config errors messages randomness transport",
+    "transport": "beside messages errors codec keys",
+    "beside": "",
+    "staging": "beside messages transport",
+    "wire": "beside config errors messages randomness transport",
     "expected": "config errors messages split transport wire",
     "heads": "",
     "lessons": "",
@@ -30,7 +32,7 @@ MAY = {
     "optim": "config errors",
     "learner": "lessons optim predictors",
     "gradient_rules": "config errors learner predictors trust",
-    "last_stage": "errors gradient_rules predictors",
+    "last_stage": "beside errors gradient_rules predictors",
     "phases": "gradient_rules",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
@@ -38,7 +40,7 @@ MAY = {
     "unlocked": "errors inputs messages stage",
     "stash": "",
     "pending": "stash",
-    "stage": "messages errors gradient_rules last_stage predictors metrics optim pending randomness stash",
+    "stage": "beside messages errors gradient_rules last_stage predictors metrics optim pending randomness stash",
     "split": "errors predictors",
     "models": "config errors",
     "data": "config errors",
@@ -57,13 +59,14 @@ MAY = {
     "measured": "messages metrics tracing transport",
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
-    "building": "config data errors execution gradient_rules inputs last_stage learner lessons metrics optim phases "
-    "predictors randomness sometimes split stage stash sync transport unlocked window wire",
+    "building": "beside config data errors execution gradient_rules inputs last_stage learner lessons metrics optim "
+    "phases predictors randomness sometimes split stage staging stash sync transport unlocked window wire",
     "state": "checkpoint errors split stage unlocked",
-    "session": "building checkpoint config data display errors expected folders gloo greeting head keys messages "
-    "metrics rendezvous result split stage state sync tracing transport worker",
-    "service": "building checkpoint codec config data errors expected greeting head keys messages metrics session "
-    "split stage state transport worker",
+    "opening": "building config expected keys metrics rendezvous split transport",
+    "session": "building checkpoint config data display errors folders gloo greeting head messages metrics opening "
+    "rendezvous result split stage state sync tracing transport worker",
+    "service": "building checkpoint codec config data errors expected greeting head keys messages metrics opening "
+    "session split stage state transport worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",
@@ -126,9 +129,9 @@ def test_benchmarks_see_the_settings_and_the_command_line() -> None:
     """A cell is what a person can type; so what runs it needs nothing else of the package. And a trace may be drawn.
 
     But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of;
-    benchmarks/transport measures transports, benchmarks/fuzz attacks them, and benchmarks/wire counts the bytes of what
-    is sent; and benchmarks/faults reads what independent stages have written down, and starts them so that they can be
-    told to fail.
+    benchmarks/transport measures transports, benchmarks/gpu both, benchmarks/fuzz attacks them, and benchmarks/wire
+    counts the bytes of what is sent; and benchmarks/faults reads what independent stages have written down, and starts
+    them so that they can be told to fail.
     """
     allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
     parts = {
@@ -137,6 +140,7 @@ def test_benchmarks_see_the_settings_and_the_command_line() -> None:
         "faults": ("service",),
         "fuzz": ("checkpoint", "codec", "expected", "keys", "messages", "service", "split", "transport"),
         "wire": ("wire",),
+        "gpu": ("beside", "building", "execution", "jobs", "messages", "split", "staging", "transport"),
     }
     folder = PACKAGE.parent / "benchmarks"
     for path in folder.rglob("*.py"):

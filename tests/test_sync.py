@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe import checkpoint, gloo, models, split
+from dnipipe.beside import NOWHERE, Beside
 from dnipipe.config import Sync, load
 from dnipipe.errors import ConfigError, DataError, MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import RULES
@@ -85,13 +86,15 @@ def batch(number: int, samples: int = 12, features: int = 8) -> Activation:
     return Activation(number, torch.randn(samples, features), torch.randint(3, (samples,)))
 
 
-def stage_of(module: nn.Sequential, device: str = "cpu", loss: Callable[..., Tensor] = F.cross_entropy) -> SyncStage:
+def stage_of(
+    module: nn.Sequential, loss: Callable[..., Tensor] = F.cross_entropy, beside: Beside = NOWHERE
+) -> SyncStage:
     first = batch(1)
     plan, measured = split.plan(module, 1, (), first.x, first.y, 3), StageMetrics(0, 1)
     rule = RULES["sync"].build(load(None, ["--rule.name=sync"]), lambda: pytest.fail("it predicts nothing"))
     descent = Descent(torch.optim.SGD(module.parameters(), 0.1))
     return SyncStage(
-        Sync(microbatches=3), plan, 0, 1, module, rule, descent, measured, loss=loss, seed=7, device=device
+        Sync(microbatches=3), plan, 0, 1, module, rule, descent, measured, loss=loss, seed=7, beside=beside
     )
 
 
@@ -170,7 +173,7 @@ def test_an_error_of_the_model_stays_what_it_was(joined: Callable[..., SyncStage
 
 def test_a_device_that_gloo_cannot_send_from_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"pipeline.device = cuda with rule.name = sync"):
-        stage_of(model(), device="cuda")
+        stage_of(model(), beside=Beside(torch.device("cuda"), lines=False))
 
 
 def test_order_and_kind_of_what_comes_are_held(joined: Callable[..., SyncStage]) -> None:

@@ -24,8 +24,9 @@ from torch.distributed import FileStore, PrefixStore, ProcessGroupGloo, Store, W
 
 from dnipipe.messages import Gradient
 from dnipipe.transport import Side
+from dnipipe.transport.apart import choose_interface
 from dnipipe.transport.edge import options
-from dnipipe.transport.gloo import GlooTransport, choose_interface
+from dnipipe.transport.gloo import INTERFACE, GlooTransport
 from dnipipe.transport.zmq import ZmqTransport
 
 WINDOW = 8  # tensors under way
@@ -201,7 +202,7 @@ def opened(name: str, rank: int, folder: Path) -> Channel:
     """This rank's end. The folder, both ranks', is for socket files, and for the store where they meet."""
     base = BASES.get(name, name)
     if base == "gloo":
-        choose_interface(machines=1)
+        choose_interface(INTERFACE, "gloo", machines=1)
     store = FileStore(str(folder / f"{name}.store"), 2)
     address = "tcp://127.0.0.1:*" if base == "tcp" else f"ipc://{folder}/{name}"
     if name == "gloo":

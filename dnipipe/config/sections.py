@@ -191,10 +191,10 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class TransportSettings:
-    kind: Literal["zmq", "gloo", "local"] = setting(
+    kind: Literal["zmq", "gloo", "nccl", "local"] = setting(
         "zmq",
-        "zmq: a process a stage; gloo: the same, with the tensors of training by torch.distributed's gloo; local: all "
-        "stages in one process, taking turns, the same each time",
+        "zmq: a process a stage; gloo, nccl: the same, with the tensors of training by torch.distributed (nccl: from "
+        "GPU to GPU); local: all stages in one process, taking turns, the same each time",
     )
     delay: int = setting(0, "local: batches that a message is under way on each hop", low=0)
     scheme: Literal["auto", "ipc", "tcp"] = setting("auto", "auto: ipc on one machine, tcp between machines")

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-# what a stage is there for; "loss" is the last stage's, in the place of a predictor
-WORK = ("forward", "backward", "predictor", "loss", "optimizer", "data", "evaluation", "checkpoint")
+# what a stage is there for; "loss" is the last stage's, in the place of a predictor; on a GPU they are what it takes to
+# tell it what to do, and "device" is the wait for it to be done
+WORK = ("forward", "backward", "predictor", "loss", "optimizer", "device", "data", "evaluation", "checkpoint")
 # for a batch, for room in a full window, for room in a full queue, and for the last answers behind the last batch
 WAITS = ("wait_input", "wait_window", "wait_send", "wait_end")
 # what the pipeline costs on top; "keep" is what else a stage does with a batch: tensors kept until g comes, and freed

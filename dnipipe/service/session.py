@@ -28,12 +28,13 @@ from dnipipe.expected import expected
 from dnipipe.greeting import check_settings
 from dnipipe.messages import Agreed
 from dnipipe.metrics import StageMetrics
+from dnipipe.opening import edges_of
 from dnipipe.service.keeper import AskedToEnd, Keeper
 from dnipipe.service.ledger import NAME, Ledger
 from dnipipe.service.links import Links, Up
 from dnipipe.service.place import Place, check, check_free, endpoint, own_endpoint
 from dnipipe.service.script import PatientHead
-from dnipipe.session import Agreement, agree, conclude, edges_of, head_of, interruptible, worker_of
+from dnipipe.session import Agreement, agree, conclude, head_of, interruptible, worker_of
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.transport import Side

@@ -18,6 +18,7 @@ COLOURS = {
     "predictor": "#ff7f0e",
     "loss": "#bcbd22",
     "optimizer": "#9467bd",
+    "device": "#aec7e8",
     "data": "#8c564b",
     "evaluation": "#17becf",
     "checkpoint": "#e377c2",

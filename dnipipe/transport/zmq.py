@@ -20,12 +20,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import zmq
+from torch import Tensor
 
 from dnipipe import codec
 from dnipipe.codec import Frame, Header
@@ -110,16 +111,19 @@ class ZmqTransport(Edges):
     def _put(self, edge: Edge, message: Message) -> None:
         with self.packing:
             frames = codec.encode(message, edge.token, edge.sent)
-        largest = max(map(len, frames[1:]), default=0)
+        self._check_size(message, frames[1:])
+        self._hand_over(edge, frames, message)
+        edge.count_sent(message)
+
+    def _check_size(self, message: Message, tensors: Sequence[Sized]) -> None:
+        largest = max(map(len, tensors), default=0)
         if largest > self.max_message:
             raise MessageError(
                 f"a {type(message).__name__} holds a tensor of {largest} bytes, the limit is {self.max_message}: "
                 "raise transport.max_message"
             )
-        self._hand_over(edge, frames, message)
-        edge.count_sent(message)
 
-    def _hand_over(self, edge: Edge, frames: list[Frame], message: Message) -> None:
+    def _hand_over(self, edge: Edge, frames: Sequence[Frame], message: Message) -> None:
         """Message number `edge.sent`, as frames."""
         sealed = edge.seal(frames)
         if not edge.put(sealed):
@@ -232,7 +236,7 @@ class ZmqTransport(Edges):
         edge.check_order(header.seq)
         return True
 
-    def _read(self, edge: Edge, header: Header, frames: Sequence[Frame]) -> Message | None:
+    def _read(self, edge: Edge, header: Header, frames: Sequence[Frame | Tensor]) -> Message | None:
         """None: it was for the transport itself. Raises MessageError: then it counts as one that never came."""
         with self.packing:
             message = codec.read_body(header, frames, self.max_message)

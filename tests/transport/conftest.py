@@ -11,20 +11,27 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+import torch
+from torch.distributed import HashStore, ProcessGroupGloo, Store
 
 from dnipipe import keys
+from dnipipe.beside import NOWHERE
 from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Checkpoint, Message
 from dnipipe.transport import Side, Transport, edge
-from dnipipe.transport.gloo import INTERFACE, GlooTransport, choose_interface
+from dnipipe.transport.apart import ApartTransport, Bulk, choose_interface
+from dnipipe.transport.gloo import INTERFACE, GlooTransport
 from dnipipe.transport.laboratory import Laboratory
 from dnipipe.transport.local import pipeline
+from dnipipe.transport.nccl import NcclBulk, NcclTransport
 from dnipipe.transport.zmq import ZmqTransport
+from tests.transport import apart
 
 PREVIOUS, NEXT = Side.PREVIOUS, Side.NEXT
 WAIT = 20.0  # seconds; only a failing test waits so long
@@ -96,13 +103,42 @@ class Gloo(Zmq):
     def chain(self, stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
         transports = super().chain(stages, capacity, timeout)
         for before, after in itertools.pairwise(self.made[-stages:]):
-            assert isinstance(before, GlooTransport) and isinstance(after, GlooTransport)
+            assert isinstance(before, ApartTransport) and isinstance(after, ApartTransport)
             store = HashStore()
             with ThreadPoolExecutor(1) as pool:
                 joining = pool.submit(before.join, NEXT, store)
                 after.join(PREVIOUS, store)
                 joining.result()
         return transports
+
+
+class Standing(Gloo):
+    """The same with what NcclTransport does, but gloo in the place of NCCL and the main memory in that of a GPU."""
+
+    def one(self, **options: Any) -> ZmqTransport:  # type: ignore[override]
+        made = StandIn(
+            "run", queue=options["queue"], timeout=options["timeout"], max_message=2**26, names={NEXT: "stage n"}
+        )
+        self.made.append(made)
+        return made
+
+
+class StandIn(NcclTransport):
+    def __init__(self, run: str, **options: Any) -> None:
+        super().__init__(run, lines=NOWHERE, **options)
+
+    def _bulk_of(self, store: Store, rank: int, limit: timedelta) -> Bulk:
+        return NcclBulk(lambda store, rank, limit: ProcessGroupGloo(store, rank, 2, limit), store, rank, limit, NOWHERE)
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[list[apart.Host]]:
+    if not torch.cuda.is_available():
+        pytest.skip("NCCL needs a GPU")
+    made = [apart.Host(end, apart.nccl) for end in range(3)]
+    yield made
+    for host in made:
+        host.end()
 
 
 @pytest.fixture
@@ -120,15 +156,29 @@ def zeromq(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) ->
 
 
 @pytest.fixture
-def gloo(tmp_path: Path, short_grace: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gloo]:
+def loopback_gloo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(INTERFACE, raising=False)
-    choose_interface(machines=1)
+    choose_interface(INTERFACE, "gloo", machines=1)
+    yield
+    os.environ.pop(INTERFACE)
+
+
+@pytest.fixture
+def gloo(tmp_path: Path, short_grace: None, loopback_gloo: None) -> Iterator[Gloo]:
     factory = Gloo("ipc", tmp_path)
     yield factory
     for transport in factory.made:
         transport.close()
     assert list(tmp_path.iterdir()) == []
-    os.environ.pop(INTERFACE)
+
+
+@pytest.fixture
+def standing(tmp_path: Path, short_grace: None, loopback_gloo: None) -> Iterator[Standing]:
+    factory = Standing("ipc", tmp_path)
+    yield factory
+    for transport in factory.made:
+        transport.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -138,11 +188,18 @@ def curve(tmp_path: Path, short_grace: None) -> Iterator[Curve]:
         yield factory
 
 
-@pytest.fixture(params=["local", "laboratory", "ipc", "tcp", "curve", "gloo"])
+@pytest.fixture(params=["local", "laboratory", "ipc", "tcp", "curve", "gloo", "nccl over gloo", "nccl"])
 def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Make]:
     """chain(stages, capacity, timeout) -> connected transports."""
     if request.param in ("curve", "gloo"):
         yield request.getfixturevalue(request.param).chain
+        return
+    if request.param == "nccl":
+        with tempfile.TemporaryDirectory() as stores:
+            yield from _nccl(request.getfixturevalue("hosts"), tmp_path, Path(stores))
+        return
+    if request.param == "nccl over gloo":
+        yield request.getfixturevalue("standing").chain
         return
     factory = Zmq(request.param, tmp_path)
 
@@ -156,6 +213,19 @@ def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> 
     for transport in factory.made:
         transport.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def _nccl(hosts: list[apart.Host], folder: Path, stores: Path) -> Iterator[Make]:
+    made: list[apart.Remote] = []
+
+    def make(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        made.extend(apart.chain(hosts[:stages], folder, stores, capacity, timeout))
+        return list(made)
+
+    yield make
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(apart.Remote.close, made))
+    assert list(folder.iterdir()) == []
 
 
 def take(transport: Transport, side: Side) -> Message:

@@ -16,7 +16,8 @@ from torch.distributed import HashStore
 
 from dnipipe.errors import ConfigError, PeerLost, WaitTimeout
 from dnipipe.messages import Activation, Checkpoint, Gradient, Received
-from dnipipe.transport.gloo import INTERFACE, GlooTransport, choose_interface
+from dnipipe.transport.apart import choose_interface
+from dnipipe.transport.gloo import INTERFACE, GlooTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Gloo, assert_lost, batches, take
 
 X, Y = torch.arange(12.0).reshape(3, 4), torch.tensor([1, 0, 2])
@@ -31,7 +32,7 @@ def pair(gloo: Gloo, **options: float) -> tuple[GlooTransport, GlooTransport]:
 def announce(a: GlooTransport, message: Activation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its header goes, its tensors do not."""
     bulk = a._bulk[a._edges[NEXT]]
-    monkeypatch.setattr(bulk, "post", lambda seq, frames: None)
+    monkeypatch.setattr(bulk, "post", lambda seq, tensors: None)
     a.send(NEXT, message)
     monkeypatch.undo()
 
@@ -100,7 +101,7 @@ def test_a_send_to_one_that_is_gone_is_lost(gloo: Gloo) -> None:
 
 
 def test_close_does_not_wait_longer_than_it_lingers(gloo: Gloo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnipipe.transport.gloo.LINGER", 0.2)
+    monkeypatch.setattr("dnipipe.transport.apart.LINGER", 0.2)
     a, _ = pair(gloo)
     a.send(NEXT, Activation(1, X, Y))
     closing = threading.Thread(target=a.close)
@@ -154,10 +155,10 @@ def test_it_listens_on_loopback_only(gloo: Gloo) -> None:
 def test_on_several_machines_the_interface_is_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(INTERFACE, raising=False)
     with pytest.raises(ConfigError, match=r"gloo on 2 machines: set the environment variable GLOO_SOCKET_IFNAME"):
-        choose_interface(machines=2)
+        choose_interface(INTERFACE, "gloo", machines=2)
     monkeypatch.setenv(INTERFACE, "eth7")
     with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME=eth7 can be reached by other machines.*private_network"):
-        choose_interface(machines=2)
-    choose_interface(machines=2, private=True)
-    choose_interface(machines=1, private=True)
+        choose_interface(INTERFACE, "gloo", machines=2)
+    choose_interface(INTERFACE, "gloo", machines=2, private=True)
+    choose_interface(INTERFACE, "gloo", machines=1, private=True)
     assert os.environ[INTERFACE] == "eth7"

@@ -1,0 +1,71 @@
+"""nccl beneath ZeroMQ, as far as it can be tested without a GPU: gloo stands in for it, and a wait that does not end.
+
+a ── header by ZeroMQ, tensors ──► b ── waits in a thread of its own, and looks meanwhile whether a is still there
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from dnipipe.beside import Beside
+from dnipipe.errors import ConfigError, PeerLost, WaitTimeout
+from dnipipe.messages import Activation
+from dnipipe.transport.nccl import NcclBulk, NcclTransport, check_nccl
+from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Standing
+
+SENT = Activation(4, torch.arange(12.0).reshape(3, 4), torch.tensor([1, 0, 2]))
+
+
+class Stuck(Beside):
+    """A GPU whose kernels do not end before the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.ended = threading.Event()
+
+    def mark(self, taken: bool = True) -> Callable[[bool], bool]:
+        return lambda wait: self.ended.wait(WAIT)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    made = Stuck()
+    yield made
+    made.ended.set()
+
+
+def pair(standing: Standing, stuck: Stuck, timeout: float) -> list[NcclTransport]:
+    a, b = standing.chain(timeout=timeout)
+    assert isinstance(a, NcclTransport) and isinstance(b, NcclTransport)
+    (bulk,) = b._bulk.values()
+    assert isinstance(bulk, NcclBulk)
+    bulk.lines = stuck
+    return [a, b]
+
+
+def test_tensors_that_do_not_come_are_a_wait_timeout(standing: Standing, stuck: Stuck) -> None:
+    a, b = pair(standing, stuck, timeout=0.5)
+    a.send(NEXT, SENT)
+    with pytest.raises(WaitTimeout, match=r"transport\.timeout\) for 72 bytes that the previous stage announced"):
+        b.receive([PREVIOUS], WAIT)
+    b.close()
+
+
+def test_a_sender_that_dies_meanwhile_is_noticed(standing: Standing, stuck: Stuck) -> None:
+    a, b = pair(standing, stuck, timeout=WAIT)
+    a.send(NEXT, SENT)
+    dying = threading.Timer(0.2, a._edges[NEXT].cut)
+    dying.start()
+    with pytest.raises(PeerLost, match="previous stage is gone"):
+        b.receive([PREVIOUS], WAIT)
+    dying.join()
+    b.close()
+
+
+def test_it_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"nccl needs a GPU for each stage, and pipeline.device is cpu: use .*zmq"):
+        check_nccl(torch.device("cpu"))
