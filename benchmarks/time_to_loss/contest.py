@@ -10,7 +10,6 @@ from benchmarks.grid import Grid
 from benchmarks.time_to_loss.race import PROBE, RACE, Course, Run, Runs
 from benchmarks.time_to_loss.study import (
     NO_SPLIT,
-    SPLITS,
     SYNC,
     Setting,
     Split,
@@ -20,6 +19,7 @@ from benchmarks.time_to_loss.study import (
     lateness,
     needed,
     search,
+    splits,
     target,
 )
 
@@ -63,7 +63,7 @@ class Contest:
         rate = self.task.rates[min(self.task.rates)][0]
         for system in self.systems:
             for batch in self.task.batches:
-                for split in SPLITS if system == SYNC else (NO_SPLIT,):
+                for split in splits(batch) if system == SYNC else (NO_SPLIT,):
                     for delay in self.delays if system == SYNC else self.delays[:1]:
                         yield system, Setting(batch, rate, split), delay
 

@@ -29,11 +29,18 @@ Split = tuple[str, int]  # of rule.name = sync: the schedule, and M
 SPLITS: tuple[Split, ...] = (
     ("1f1b", 2),
     ("1f1b", 4),
+    ("1f1b", 8),
     ("gpipe", 2),
     ("gpipe", 4),
+    ("gpipe", 8),
 )  # all learn the same: a probe chooses
 NO_SPLIT: Split = ("", 0)
 Curve = list[tuple[float, float]]  # samples or seconds, and the validation loss there
+
+
+def splits(batch: int) -> list[Split]:
+    """Those that leave a micro-batch more than one sample, which batch norm needs."""
+    return [split for split in SPLITS if split[1] < batch]
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Task:
     data: str
     rates: Mapping[int, tuple[str, ...]]
     boundary: int = 2
-    batches: tuple[int, ...] = (8, 32)
+    batches: tuple[int, ...] = (8, 32, 128)
     samples: int = 10240
     target: int = 6144
     every: int = 1024
@@ -67,12 +74,12 @@ TASKS = {
     "lm": Task(
         "benchmarks/time_to_loss/lm.toml",
         "text",
-        {8: ("1.5e-3", "3e-3", "6e-3"), 32: ("3e-3", "6e-3", "1.2e-2")},
+        {8: ("1.5e-3", "3e-3", "6e-3"), 32: ("3e-3", "6e-3", "1.2e-2"), 128: ("6e-3", "1.2e-2", "2.4e-2")},
     ),
     "mnist": Task(
         "benchmarks/time_to_loss/mnist.toml",
         "mnist",
-        {8: ("3e-4", "1e-3", "3e-3"), 32: ("1e-3", "3e-3", "1e-2")},
+        {8: ("3e-4", "1e-3", "3e-3"), 32: ("1e-3", "3e-3", "1e-2"), 128: ("3e-3", "1e-2", "3e-2")},
     ),
 }
 

@@ -77,7 +77,7 @@ def test_every_run_has_valid_settings(name: str, system: str) -> None:
         assert config.rule.name == system.partition("-")[0] and config.transport.kind == "zmq"
         assert task.samples / task.every == config.train.batches / config.eval.every
     searched = [cell.loaded for cell in search(name, task, system, 4)]
-    assert len(searched) == 6  # the same budget for all
+    assert len(searched) == 9  # the same budget for all
     assert {config.transport.kind for config in searched} == {"local"}
     assert {config.pipeline.stages for config in searched} == {1 if system == SYNC else 2}
 
