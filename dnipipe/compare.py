@@ -17,11 +17,11 @@ NEAR_RATE = 0.05  # of two rates, and
 NEAR_LOSS = 0.01  # of two losses: a smaller difference may be chance
 WARM_UP = 0.2  # part of a run before its rate counts
 
-# Who was first to backprop's loss: (batches of 8 samples in a round trip, rule), link by link, task by task. From
+# Who was first to the same loss: (samples that a stage trains in a round trip, rule), link by link, task by task. From
 # benchmarks/time_to_loss/results/map.json, which a test holds this to.
-FIRST: dict[str, tuple[tuple[float, str], ...]] = {
-    "lm": ((0.0, "local"), (2.1, "local"), (9.8, "local")),
-    "mnist": ((0.0, "delayed-4"), (47.3, "delayed-4"), (161.5, "local")),
+FIRST: dict[str, tuple[tuple[int, str], ...]] = {
+    "lm": ((0, "local"), (16, "local"), (78, "local")),
+    "mnist": ((0, "delayed-4"), (379, "delayed-4"), (1292, "local")),
 }
 
 
@@ -33,7 +33,7 @@ class Side:
     rate: float  # samples/s in the last stage, after the warm-up
     loss: float | None  # of the evaluation at the end
     memory: tuple[int, ...]  # bytes at most, stage by stage
-    late: float | None = None  # updates, mean, by which gradients come to the last stage but one; None: none came
+    late: float | None = None  # samples, mean, that the last stage but one trains until g comes; None: none did
 
 
 def side(run: Path) -> Side:
@@ -43,7 +43,8 @@ def side(run: Path) -> Side:
     text = (run / "metrics" / f"stage-{len(stages) - 1}.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     measured = rate(lines, told["train"]["batches"]) or told["train"]["samples_per_second"]
-    late = stages[-2]["staleness"] if len(stages) > 1 else None
+    updates = stages[-2]["staleness"] if len(stages) > 1 else None
+    late = None if updates is None else updates * told["train"]["samples"] / told["train"]["batches"]
     return Side(told["rule"], measured, told["eval"]["loss"], tuple(stage["peak_memory"] for stage in stages), late)
 
 
@@ -74,9 +75,9 @@ def report(own: Side, sync: Side, batches: int) -> Iterator[str]:
 
 def elsewhere(late: float) -> Iterator[str]:
     """Who was first to the same loss on links of several lengths: what a run of some batches cannot tell."""
-    yield f"gradients came {late:.0f} batches late. First to the same loss (docs/performance.md), with a round trip of"
+    yield f"a gradient came {late:.0f} samples later. First to one loss (docs/performance.md), with a round trip of"
     for task, links in FIRST.items():
-        yield f"  {task:8}" + ", ".join(f"{trip:.0f} batches: {rule}" for trip, rule in links)
+        yield f"  {task:8}" + ", ".join(f"{trip} samples: {rule}" for trip, rule in links)
 
 
 def advice(own: Side, sync: Side, batches: int) -> str:

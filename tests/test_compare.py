@@ -32,12 +32,12 @@ def line(batch: int, batches: int, seconds: float, samples: int | None = None) -
 
 def test_what_it_says_of_other_links_is_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "time_to_loss" / "results" / "map.json").read_text())
-    found: dict[str, list[tuple[float, str]]] = {}
+    found: dict[str, list[tuple[int, str]]] = {}
     for row in measured:
-        found.setdefault(row["task"], []).append((round(row["samples"] / 8, 1), row["first"]))
+        found.setdefault(row["task"], []).append((round(row["samples"]), row["first"]))
     assert {task: list(links) for task, links in compare.FIRST.items()} == found
     said = list(compare.elsewhere(3.4))
-    assert said[0].startswith("gradients came 3 batches late") and len(said) == 1 + len(found)
+    assert said[0].startswith("a gradient came 3 samples later") and len(said) == 1 + len(found)
 
 
 def test_the_rate_leaves_out_the_warm_up_and_the_end() -> None:
@@ -87,12 +87,12 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "metrics" / "stage-1.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     told = {
         "rule": "blend",
-        "train": {"batches": 100, "samples_per_second": 7.0},
+        "train": {"batches": 100, "samples": 1000, "samples_per_second": 7.0},
         "eval": {"loss": 2.0, "accuracy": None},
         "stage": [{"peak_memory": 5 * MIB, "staleness": 2.5}, {"peak_memory": 6 * MIB, "staleness": None}],
     }
     (tmp_path / "summary.json").write_text(json.dumps(told))
-    assert compare.side(tmp_path) == Side("blend", 100.0, 2.0, (5 * MIB, 6 * MIB), 2.5)
+    assert compare.side(tmp_path) == Side("blend", 100.0, 2.0, (5 * MIB, 6 * MIB), 25.0)
     (tmp_path / "metrics" / "stage-1.jsonl").write_text("")
     assert compare.side(tmp_path).rate == 7.0  # too short to tell a part of it apart
 
@@ -115,7 +115,7 @@ def test_both_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert [one.split()[:4] for one in memory] == [["peak", "memory,", "stage", str(k)] for k in range(2)]
     assert all(float(one.split()[4]) > 50 for one in memory)  # MiB: torch alone takes more
     assert "times as many samples a second, and after 40 batches its loss is" in advice
-    assert late.startswith("gradients came ") and [one.split()[0] for one in (text, images)] == ["lm", "mnist"]
+    assert late.startswith("a gradient came ") and [one.split()[0] for one in (text, images)] == ["lm", "mnist"]
     (folder,) = tmp_path.glob("compare-default-*")
     told = [json.loads((folder / name / "summary.json").read_text()) for name in ("as-it-is", "sync")]
     assert [one["rule"] for one in told] == ["blend", "sync"] and all(one["train"]["batches"] == 40 for one in told)
