@@ -9,6 +9,8 @@ Without it, a send would wait for the GPU to be done with all it was told, and t
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor
 
 from dnipipe.beside import Done
+from dnipipe.errors import PeerLost
 from dnipipe.messages import Gradient, Message
 from dnipipe.transport import AT_EASE, Side, Transport
 
-MOST = 8  # messages that may be held back: of some two batches; then a send waits for the oldest
+MOST = 8  # messages to a side that may be held back; then a send waits for the oldest
 
 
 class Copies(Protocol):
@@ -49,41 +52,60 @@ class StagedTransport:
         self, inner: Transport, copies: Copies, direct: bool = False, busy: AbstractContextManager[object] = AT_EASE
     ) -> None:
         self.inner, self.copies, self.direct, self.busy = inner, copies, direct, busy
-        self._held: deque[tuple[Side, Message, Done]] = deque()
+        self._held: dict[Side, deque[tuple[int, Message, Done]]] = {side: deque() for side in Side}
+        self._number = itertools.count()
 
     def send(self, side: Side, message: Message) -> None:
-        """As the inner one's, of which an error may concern a message before this one."""
+        """Raises as the inner one's does, perhaps for a message to that side before this one; this one is not taken."""
+        held = self._held[side]
         staged = {name: tensor for name, tensor in _tensors(message).items() if tensor.device == self.copies.device}
-        if not staged and not (self._held and isinstance(message, Gradient)):  # a Gradient may be without one
-            self._let_go(0)  # so a stage that ends, with Stop or its last Report, leaves nothing behind
+        if not staged and not (held and isinstance(message, Gradient)):  # a Gradient may be without one
+            self._let_go(side, 0)  # so a stage that ends, with Stop or its last Report, leaves nothing behind
             self.inner.send(side, message)
             return
         if staged and not self.direct:
             taken: dict[str, Any] = {name: self.copies.take(tensor) for name, tensor in staged.items()}
             message = replace(message, **taken)
-        self._held.append((side, message, self.copies.mark(taken=not self.direct)))
-        self._let_go(MOST)
+        done = self.copies.mark(taken=not self.direct)
+        self._let_go(side, MOST - 1)
+        if not held and done(False):
+            self.inner.send(side, message)
+        else:
+            held.append((next(self._number), message, done))
 
-    def _let_go(self, most: int) -> None:
-        """Send on what is there; wait for as much as there is more than `most` of. Nothing is lost by an error."""
-        while self._held:
-            side, message, done = self._held[0]
+    def _let_go(self, side: Side, most: int) -> None:
+        """Send on what is there; wait for as much as there is more than `most` of. Who is gone gets nothing more."""
+        held = self._held[side]
+        while held:
+            _, message, done = held[0]
             if not done(False):
-                if len(self._held) <= most:
+                if len(held) <= most:
                     return
                 with self.busy:
                     done(True)
-            self._held.popleft()
-            self.inner.send(side, message)
+            try:
+                self.inner.send(side, message)
+            except PeerLost:
+                held.clear()
+                raise
+            held.popleft()
+
+    def _try(self, side: Side, most: int) -> None:
+        """The same for `receive`, which first hands out what a neighbour said before it went, and then says that."""
+        with contextlib.suppress(PeerLost):
+            self._let_go(side, most)
 
     def receive(
         self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
     ) -> tuple[Side, Message] | None:
-        self._let_go(MOST)
-        while self._held:
+        """With a timeout of 0 it does not wait for the GPU either."""
+        for side in Side:
+            self._try(side, MOST)
+        while timeout > 0 and (full := [side for side in Side if self._held[side]]):
             if got := self.inner.receive(sides, 0.0):
                 return got
-            self._let_go(len(self._held) - 1)
+            oldest = min(full, key=lambda side: self._held[side][0][0])
+            self._try(oldest, len(self._held[oldest]) - 1)
         return self.inner.receive(sides, timeout, waiting)
 
     def wake(self) -> None:

@@ -21,7 +21,7 @@ MAY = {
     "keys": "errors",
     "transport": "beside messages errors codec keys",
     "beside": "",
-    "staging": "beside messages transport",
+    "staging": "beside errors messages transport",
     "wire": "beside config errors messages randomness transport",
     "expected": "config errors messages split transport wire",
     "heads": "",

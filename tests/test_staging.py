@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dnipipe.errors import PeerLost, WaitTimeout
 from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Message, Report, Stop
 from dnipipe.staging import MOST, StagedTransport
-from dnipipe.transport import Side
+from dnipipe.transport import Side, Transport
 from dnipipe.transport.local import pipeline
 
 NEXT, PREVIOUS = Side.NEXT, Side.PREVIOUS
@@ -126,6 +127,57 @@ def test_what_has_come_is_handed_out_before_the_device_is_waited_for() -> None:
     assert got is not None and isinstance(got[1], Gradient) and slow.waits == 0
     assert staged.receive([NEXT], 0.01) is None and slow.waits == 1  # nothing else to do: waits, sends, then listens
     assert isinstance((far.receive([PREVIOUS], 0.0) or (None, None))[1], Activation)
+
+
+def test_to_look_is_not_to_wait() -> None:
+    """Stage 0 looks for gradients with a timeout of 0 before it draws a batch."""
+    near, _ = pipeline(2, capacity=8, timeout=5.0)
+    slow = Slow()
+    staged = StagedTransport(near, slow)
+    staged.send(NEXT, h(1))
+    assert staged.receive([NEXT], 0.0) is None and slow.waits == 0
+
+
+def test_a_message_that_found_no_room_is_not_lost() -> None:
+    near, far = pipeline(2, capacity=1, timeout=0.05)
+    slow = Slow()
+    staged = StagedTransport(near, slow)
+    for batch in (1, 2):
+        staged.send(NEXT, h(batch))
+    slow.done = 2
+    with pytest.raises(WaitTimeout):
+        staged.send(NEXT, Checkpoint(2))  # 1 goes, 2 finds the queue full
+    assert batches(far) == [1]
+    staged.send(NEXT, h(3))
+    assert batches(far) == [2]
+
+
+def test_who_is_gone_keeps_nobody_else_waiting() -> None:
+    """Its last words are heard, the other side is told, and only then it is what ends the wait."""
+    a, b, c = pipeline(3, capacity=8, timeout=5.0)
+    slow = Slow()
+    staged = StagedTransport(b, slow)
+    for batch in range(1, 4):
+        staged.send(NEXT, h(batch))
+    c.send(PREVIOUS, Stop(3, "why it ends"))
+    c.close()
+    slow.done = 3
+    got = staged.receive([NEXT], 5.0)
+    assert got is not None and isinstance(got[1], Stop)
+    staged.send(PREVIOUS, Stop(3, "stage 2: why it ends"))
+    assert isinstance((a.receive([NEXT], 0.0) or (None, None))[1], Stop)
+    with pytest.raises(PeerLost):
+        staged.receive([NEXT], 5.0)
+    with pytest.raises(PeerLost):
+        staged.send(NEXT, h(4))
+        staged.send(NEXT, Checkpoint(4))
+
+
+def batches(far: Transport) -> list[int]:
+    found = []
+    while got := far.receive([PREVIOUS], 0.0):
+        found.append(got[1].batch)  # type: ignore[union-attr]
+    return found
 
 
 def test_what_is_sent_from_the_device_is_not_copied() -> None:

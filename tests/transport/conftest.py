@@ -20,10 +20,11 @@ import torch
 from torch.distributed import HashStore, ProcessGroupGloo, Store
 
 from dnipipe import keys
-from dnipipe.beside import NOWHERE
+from dnipipe.beside import NOWHERE, Done
 from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Checkpoint, Message
+from dnipipe.staging import StagedTransport
 from dnipipe.transport import Side, Transport, edge
 from dnipipe.transport.apart import ApartTransport, Bulk, choose_interface
 from dnipipe.transport.gloo import INTERFACE, GlooTransport
@@ -146,13 +147,19 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(edge.GRACE, "tcp", 0.2)
 
 
-@pytest.fixture(params=["ipc", "tcp"])
-def zeromq(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Zmq]:
-    factory = Zmq(request.param, tmp_path)
+@contextlib.contextmanager
+def closed(factory: Zmq) -> Iterator[Zmq]:
+    """Everything that it made, afterwards; and no socket file stays."""
     yield factory
     for transport in factory.made:
         transport.close()
-    assert list(tmp_path.iterdir()) == []  # no socket file stays
+    assert list(factory.folder.iterdir()) == []
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def zeromq(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Zmq]:
+    with closed(Zmq(request.param, tmp_path)) as factory:
+        yield factory
 
 
 @pytest.fixture
@@ -164,21 +171,15 @@ def loopback_gloo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def gloo(tmp_path: Path, short_grace: None, loopback_gloo: None) -> Iterator[Gloo]:
-    factory = Gloo("ipc", tmp_path)
-    yield factory
-    for transport in factory.made:
-        transport.close()
-    assert list(tmp_path.iterdir()) == []
+def gloo(tmp_path: Path, short_grace: None, loopback_gloo: None) -> Iterator[Zmq]:
+    with closed(Gloo("ipc", tmp_path)) as factory:
+        yield factory
 
 
 @pytest.fixture
-def standing(tmp_path: Path, short_grace: None, loopback_gloo: None) -> Iterator[Standing]:
-    factory = Standing("ipc", tmp_path)
-    yield factory
-    for transport in factory.made:
-        transport.close()
-    assert list(tmp_path.iterdir()) == []
+def standing(tmp_path: Path, short_grace: None, loopback_gloo: None) -> Iterator[Zmq]:
+    with closed(Standing("ipc", tmp_path)) as factory:
+        yield factory
 
 
 @pytest.fixture
@@ -188,20 +189,32 @@ def curve(tmp_path: Path, short_grace: None) -> Iterator[Curve]:
         yield factory
 
 
-@pytest.fixture(params=["local", "laboratory", "ipc", "tcp", "curve", "gloo", "nccl over gloo", "nccl"])
+class Prompt:
+    """A device that has made everything at once: the main memory itself."""
+
+    device = torch.device("cpu")
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone()
+
+    def mark(self, taken: bool = True) -> Done:
+        return lambda wait: True
+
+
+KINDS = ["local", "laboratory", "staged", "ipc", "tcp", "curve", "gloo", "nccl over gloo", "nccl"]
+FIXTURES = {"curve": "curve", "gloo": "gloo", "nccl over gloo": "standing"}
+
+
+@pytest.fixture(params=KINDS)
 def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> Iterator[Make]:
     """chain(stages, capacity, timeout) -> connected transports."""
-    if request.param in ("curve", "gloo"):
-        yield request.getfixturevalue(request.param).chain
+    if request.param in FIXTURES:
+        yield request.getfixturevalue(FIXTURES[request.param]).chain
         return
     if request.param == "nccl":
         with tempfile.TemporaryDirectory() as stores:
             yield from _nccl(request.getfixturevalue("hosts"), tmp_path, Path(stores))
         return
-    if request.param == "nccl over gloo":
-        yield request.getfixturevalue("standing").chain
-        return
-    factory = Zmq(request.param, tmp_path)
 
     def local(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
         return list(pipeline(stages, capacity, timeout))
@@ -209,10 +222,11 @@ def chain(request: pytest.FixtureRequest, tmp_path: Path, short_grace: None) -> 
     def laboratory(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
         return list(Laboratory(stages, capacity=capacity, timeout=timeout).transports)
 
-    yield {"local": local, "laboratory": laboratory}.get(request.param, factory.chain)
-    for transport in factory.made:
-        transport.close()
-    assert list(tmp_path.iterdir()) == []
+    def staged(stages: int = 2, capacity: int = 8, timeout: float = WAIT) -> list[Transport]:
+        return [StagedTransport(inner, Prompt()) for inner in pipeline(stages, capacity, timeout)]
+
+    with closed(Zmq(request.param, tmp_path)) as factory:
+        yield {"local": local, "laboratory": laboratory, "staged": staged}.get(request.param, factory.chain)
 
 
 def _nccl(hosts: list[apart.Host], folder: Path, stores: Path) -> Iterator[Make]:
