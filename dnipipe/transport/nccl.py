@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Future, TimeoutError
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, Work  # type: ignore[attr-defined]
 
-from dnipipe.beside import Beside
+from dnipipe.beside import Beside, Done
 from dnipipe.errors import ConfigError
 from dnipipe.transport.apart import ApartTransport, Bulk, Group, bytes_of
 from dnipipe.transport.edges import LINGER
@@ -56,7 +56,6 @@ class NcclBulk(Bulk):
     ) -> None:
         super().__init__(group, store, rank, limit)
         self.lines = lines
-        self._waiter = ThreadPoolExecutor(1, "nccl")
         self._meet(rank)
 
     def _meet(self, rank: int) -> None:
@@ -80,7 +79,7 @@ class NcclBulk(Bulk):
         """Until all are done, for the host too. Raises RuntimeError at the limit, or if one failed."""
         for work in works:
             work.wait()  # of NCCL: makes the current stream wait
-        ended = self._waiter.submit(self.lines.mark(taken=False), True)
+        ended = _ended(self.lines.mark(taken=False))
         deadline = time.monotonic() + self.limit.total_seconds()
         while True:
             try:
@@ -100,7 +99,23 @@ class NcclBulk(Bulk):
         ending = threading.Thread(target=lambda: [group.abort() for group in both], daemon=True)
         ending.start()
         ending.join(LINGER)
-        self._waiter.shutdown(wait=False)
+
+
+def _ended(done: Done) -> Future[bool]:
+    """`done(True)` in a thread that keeps no process from ending: a kernel whose other end is gone may never do so."""
+    ended: Future[bool] = Future()
+
+    def wait() -> None:
+        try:
+            ended.set_result(done(True))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    if done(False):
+        ended.set_result(True)
+    else:
+        threading.Thread(target=wait, name="nccl", daemon=True).start()
+    return ended
 
 
 class NcclTransport(ApartTransport):

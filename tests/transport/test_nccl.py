@@ -28,7 +28,7 @@ class Stuck(Beside):
         self.ended = threading.Event()
 
     def mark(self, taken: bool = True) -> Callable[[bool], bool]:
-        return lambda wait: self.ended.wait(WAIT)
+        return lambda wait: self.ended.wait(WAIT if wait else 0)
 
 
 @pytest.fixture
