@@ -84,7 +84,7 @@ class GradientRule(ABC):
         return True
 
     def settle(self) -> None:  # noqa: B027  most put nothing off
-        """Do what was put off, before a checkpoint is saved. May raise what `now` may."""
+        """Do what was put off, before the stage is saved. May raise what `now` may."""
 
     @abstractmethod
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:

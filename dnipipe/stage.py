@@ -312,7 +312,6 @@ class Stage:
 
     def on_checkpoint(self, message: Checkpoint) -> Iterator[Message]:
         """The marker goes on at once; this stage saves right after its update on that batch, now or later."""
-        self.rule.settle()
         if not self.last:
             yield message
         pending = self.pending.get(message.batch)

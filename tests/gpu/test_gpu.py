@@ -20,10 +20,11 @@ from dnipipe.building import Job, build_stage, plan_for
 from dnipipe.config import Config, load
 from dnipipe.errors import NonFiniteLoss
 from dnipipe.jobs import job_of
-from dnipipe.messages import Activation, Checkpoint, Gradient, Message
+from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
+from dnipipe.state import state_of
 from tests.test_processes import summary, train
 
 pytestmark = [
@@ -191,7 +192,7 @@ def test_it_computes_what_a_cpu_does(rule: str) -> None:
     assert float((on_gpu - on_cpu).norm() / (on_cpu - before).norm()) < 0.01  # Adam, a predictor's, enlarges rounding
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_next_batch_or_checkpoint() -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_next_batch_or_before_it_is_saved() -> None:
     (_, last), plan = stages(settings())
     h = torch.randn(plan.edge(0).h)
     bad = torch.full_like(h, 1e38)
@@ -202,7 +203,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_next_batch_or_checkpoin
             parameter.fill_(1e38)
     list(last.handle(Activation(2, bad[:BATCH], y)))
     with pytest.raises(NonFiniteLoss, match="at batch 2"):
-        list(last.handle(Checkpoint(2)))
+        state_of(last, plan)
 
 
 def test_all_stages_of_a_process_share_their_lines() -> None:
