@@ -1,12 +1,39 @@
-"""What a stage must hear from its neighbour before anything else: a Hello that fits its own."""
+"""What neighbours say to one another before anything else: a Hello, and each must fit the other's."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
-from dnipipe.errors import HandshakeError
-from dnipipe.messages import Hello, Message
-from dnipipe.transport import Side
+from dnipipe.errors import HandshakeError, PeerStopped, WaitTimeout
+from dnipipe.messages import Hello, Message, Stop
+from dnipipe.transport import Side, Transport
+
+
+def greet(transport: Transport, mine: dict[Side, Hello], limit: float, interrupted: Callable[[], bool]) -> None:
+    """Exchange Hello on each side and refuse a neighbour that does not fit. `limit`: seconds, of transport.timeout.
+
+    Raises HandshakeError; WaitTimeout at the limit, or when woken and `interrupted`; PeerStopped for a neighbour that
+    has failed.
+    """
+    for side, hello in mine.items():
+        transport.send(side, hello)
+    deadline = time.monotonic() + limit
+    waiting = set(mine)
+    while waiting:
+        got = transport.receive(list(waiting), max(0.0, deadline - time.monotonic()))
+        if got is None and (interrupted() or time.monotonic() >= deadline):
+            me, whose = f"stage {mine[next(iter(waiting))].stage}", " and ".join(sorted(side.value for side in waiting))
+            if interrupted():
+                raise WaitTimeout(f"{me} was asked to end before its {whose} stage said Hello")
+            raise WaitTimeout(f"{me} waited {limit:g} s for the Hello of its {whose} stage (transport.timeout)")
+        if got is not None:
+            side, message = got
+            if isinstance(message, Stop):
+                raise PeerStopped(message.reason)
+            check_hello(mine[side], message, side)
+            waiting.remove(side)
 
 
 def check_hello(mine: Hello, theirs: Message, side: Side) -> None:
@@ -34,4 +61,4 @@ def check_settings(mine: tuple[str, ...], theirs: tuple[str, ...], me: str, they
         )
 
 
-__all__ = ["check_hello", "check_settings"]
+__all__ = ["check_hello", "check_settings", "greet"]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from dnipipe.errors import DnipipeError, PeerLost, PeerStopped, RunError, WaitTimeout, told
-from dnipipe.greeting import check_hello
+from dnipipe.greeting import greet
 from dnipipe.head import Head
 from dnipipe.measured import MeasuredTransport
 from dnipipe.messages import (
@@ -318,27 +318,8 @@ class Worker:
     # -- the first words ---------------------------------------------------------------------------------------
 
     def greet(self, mine: dict[Side, Hello]) -> None:
-        """Exchange Hello on each side and refuse a neighbour that does not fit. Raises HandshakeError, WaitTimeout."""
-        for side, hello in mine.items():
-            self.transport.send(side, hello)
-        deadline = time.monotonic() + self.timeout
-        waiting = set(mine)
-        while waiting:
-            got = self.transport.receive(list(waiting), max(0.0, deadline - time.monotonic()))
-            if got is None and (time.monotonic() >= deadline or self.interrupted_at is not None):
-                whose = " and ".join(sorted(side.value for side in waiting))
-                if self.interrupted_at is not None:
-                    raise WaitTimeout(f"stage {self.index} was asked to end before its {whose} stage said Hello")
-                raise WaitTimeout(
-                    f"stage {self.index} waited {self.timeout:g} s for the Hello of its {whose} stage "
-                    "(transport.timeout)"
-                )
-            if got is not None:
-                side, message = got
-                if isinstance(message, Stop):
-                    raise PeerStopped(message.reason)
-                check_hello(mine[side], message, side)
-                waiting.remove(side)
+        """Exchange Hello on each side (greeting.py). Raises HandshakeError, WaitTimeout."""
+        greet(self.transport, mine, self.timeout, lambda: self.interrupted_at is not None)
 
 
 __all__ = ["Worker"]

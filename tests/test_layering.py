@@ -87,7 +87,7 @@ FOREIGN = {  # libraries that only these may import
     "rich": {"display"},
     "matplotlib": {"tracing"},
     "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process", "gloo", "schedules"},
-    "time": {"metrics", "transport", "worker", "split", "folders", "display", "service", "keys"},
+    "time": {"greeting", "metrics", "transport", "worker", "split", "folders", "display", "service", "keys"},
 }
 
 
