@@ -17,11 +17,11 @@ NEAR_RATE = 0.05  # of two rates, and
 NEAR_LOSS = 0.01  # of two losses: a smaller difference may be chance
 WARM_UP = 0.2  # part of a run before its rate counts
 
-# Who was first to the same loss: (samples that a stage trains in a round trip, rule), link by link, task by task. From
-# benchmarks/time_to_loss/results/map.json, which a test holds this to.
+# Who was first to the same loss: (samples that a stage trains in a round trip, settings), link by link, task by task.
+# From benchmarks/time_to_loss/results/map.json, which a test holds this to.
 FIRST: dict[str, tuple[tuple[int, str], ...]] = {
     "lm": ((0, "local"), (16, "local"), (78, "local")),
-    "mnist": ((0, "delayed-4"), (379, "delayed-4"), (1292, "local")),
+    "mnist": ((0, "delayed, rule.accumulate 4"), (379, "delayed, rule.accumulate 4"), (1292, "local")),
 }
 
 
@@ -77,7 +77,7 @@ def elsewhere(late: float) -> Iterator[str]:
     """Who was first to the same loss on links of several lengths: what a run of some batches cannot tell."""
     yield f"a gradient came {late:.0f} samples later. First to one loss (docs/performance.md), with a round trip of"
     for task, links in FIRST.items():
-        yield f"  {task:8}" + ", ".join(f"{trip} samples: {rule}" for trip, rule in links)
+        yield f"  {task:8}" + "; ".join(f"{trip} samples: {rule}" for trip, rule in links)
 
 
 def advice(own: Side, sync: Side, batches: int) -> str:
