@@ -94,8 +94,9 @@ def work(job: Job, resume: bool = False) -> Path:
         stack.callback(sockets.cleanup)
         with meeting.together("built", f"endpoint/{meeting.rank}"):
             stage = build(job, model, agreed, meeting.rank)
-            ids = agreed.run_id, agreed.plan
-            transport = stack.enter_context(opened(meeting, settings, *ids, Path(sockets.name), stage.metrics))
+            transport = stack.enter_context(
+                opened(meeting, settings, agreed.run_id, agreed.plan, Path(sockets.name), stage.metrics)
+            )
         if isinstance(transport, ApartTransport):
             for side, lower in edges(meeting).items():
                 transport.join(side, meeting.part(f"{transport.way}/{lower}"))
