@@ -104,7 +104,7 @@ class Record:
     stage: list[dict[str, Any]]  # by stage, means of the whole run: cosine, norm_ratio, staleness, at_once
     torch: str
     date: str
-    processor: str
+    processor: str  # or the GPU
 
     @property
     def error(self) -> float | None:

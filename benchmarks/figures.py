@@ -12,7 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.cells import Cell, Record
+from dnipipe.building import device_of
+from dnipipe.config import Config
 
 POINTS = 40  # of a curve in a record
 MEANS = ("cosine", "norm_ratio", "staleness", "at_once")
@@ -47,7 +51,7 @@ def read(cell: Cell, folder: Path, seconds: float, diverged: int | None) -> Reco
         stage=[{name: stage[name] for name in MEANS} for stage in summary["stage"]] if summary else [],
         torch=version("torch"),
         date=time.strftime("%Y-%m-%d"),
-        processor=processor(),
+        processor=computer(cell.loaded),
     )
 
 
@@ -66,6 +70,12 @@ def _curve(lines: Iterable[dict[str, Any]], name: str, total: int) -> list[list[
         weight = sum(line["batches"] for line in part)
         means.append([part[-1]["batch"], round(sum(line[name] * line["batches"] for line in part) / weight, 4)])
     return means
+
+
+def computer(settings: Config) -> str:
+    """What a run with these settings computes on: a GPU's name, or the processor's."""
+    device = device_of(settings)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def processor() -> str:
