@@ -11,8 +11,9 @@ class Window:
     That is so when two things meet: this stage sat blocked with its window full, and the gradient that freed it says
     that the next stage had been starved, waiting for that very batch. Then both were idle at once, and only the way
     between them was busy. (A next stage that is merely slow is never starved, and a larger window would only queue.)
-    The window grows to a quarter more than would have kept the stage busy, since no two batches take equally long, and
-    at most to double; then it waits until what was under way has been answered, to see the effect.
+    The window grows to a quarter more than would have kept the stage busy, since no two batches take equally long; at
+    first it doubles, for nothing is measured yet, then to four times its size at most. And each time it waits until
+    what was under way has been answered, to see the effect.
 
     Args:
         size: batches; None starts at 2 and grows.
@@ -21,6 +22,7 @@ class Window:
 
     START = 2
     SPARE = 1.25
+    AT_FIRST, LATER = 2, 4  # times its size, that it grows to at most
 
     def __init__(self, size: int | None, limit: int = 256) -> None:
         self.automatic = size is None
@@ -37,16 +39,17 @@ class Window:
         if self._settling > 0:
             self._settling -= 1
         elif self.automatic and starved and blocked and self.size < self.limit:
-            enough = math.ceil(self.SPARE * self.size / self._busy(now, waited))
+            enough, most = self._enough(now, waited)
             self._settling, self._grown = self.size - 1, (now, waited)
-            self.size = min(self.limit, 2 * self.size, max(self.size + 1, enough))
+            self.size = min(self.limit, max(self.size + 1, min(enough, most)))
 
-    def _busy(self, now: float, waited: float) -> float:
-        """Share of the time since the window last grew that the stage was not blocked; a half at least."""
-        if self._grown is None:
-            return 0.5
+    def _enough(self, now: float, waited: float) -> tuple[int, int]:
+        """(batches that would have kept the stage busy, and some; batches that it may be now)."""
+        if self._grown is None or now <= self._grown[0]:
+            return self.AT_FIRST * self.size, self.AT_FIRST * self.size
         since, before = self._grown
-        return max(0.5, 1 - (waited - before) / (now - since)) if now > since else 0.5
+        busy = max(1 / self.LATER, 1 - (waited - before) / (now - since))
+        return math.ceil(self.SPARE * self.size / busy), self.LATER * self.size
 
 
 __all__ = ["Window"]
