@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from benchmarks.cells import Cell, Record
-from dnipipe.building import device_of
 from dnipipe.config import Config
 
 POINTS = 40  # of a curve in a record
@@ -74,8 +73,8 @@ def _curve(lines: Iterable[dict[str, Any]], name: str, total: int) -> list[list[
 
 def computer(settings: Config) -> str:
     """What a run with these settings computes on: a GPU's name, or the processor's."""
-    device = device_of(settings)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    on_gpu = torch.cuda.is_available() and settings.pipeline.device != "cpu"
+    return torch.cuda.get_device_name() if on_gpu else processor()
 
 
 def processor() -> str:

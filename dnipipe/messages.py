@@ -18,7 +18,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 
 @dataclass(frozen=True, eq=False)

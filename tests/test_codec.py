@@ -112,7 +112,7 @@ def test_header_is_what_the_drawing_says() -> None:
     frames = codec.encode(Activation(7, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), "run", 5)
     plain = {"x": ["float32", [2, 3]], "y": ["int64", [2]], "scale": None}
     assert frames[0][:16] == bytes([5, *[0] * 7, 7, *[0] * 7])
-    assert msgpack.unpackb(frames[0][16:]) == {"protocol": 5, "run": "run", "type": "Activation", "fields": plain}
+    assert msgpack.unpackb(frames[0][16:]) == {"protocol": 6, "run": "run", "type": "Activation", "fields": plain}
     assert [len(frame) for frame in frames[1:]] == [24, 16]
 
 

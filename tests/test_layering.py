@@ -83,6 +83,7 @@ MAY = {
 FOREIGN = {  # libraries that only these may import
     "zmq": {"transport", "keys"},
     "msgpack": {"codec"},
+    "xxhash": {"codec"},
     "safetensors": {"checkpoint", "session"},
     "rich": {"display"},
     "matplotlib": {"tracing"},
