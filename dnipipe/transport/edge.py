@@ -213,7 +213,9 @@ class Edge:
         """Take the checksum off, if there should be one. Raises MessageError if a bit of the message is another."""
         if self._sealed and frames.pop().bytes != checksum([frame.buffer for frame in frames]):
             raise MessageError(
-                f"a message from {self.name} was damaged on the way: its checksum is another", reason="damaged"
+                f"a message from {self.name} was damaged on the way, or its dnipipe is of another version: its "
+                "checksum is another",
+                reason="damaged",
             )
 
     def count_sent(self, message: Message) -> None:
