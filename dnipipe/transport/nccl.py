@@ -56,10 +56,13 @@ class NcclBulk(Bulk):
     ) -> None:
         super().__init__(group, store, rank, limit)
         self.lines = lines
-        self._meet(rank)
+        self._meet(store, rank)
 
-    def _meet(self, rank: int) -> None:
-        """One byte each way: groups connect at their first use, and wait for one another without a limit of ours."""
+    def _meet(self, store: Store, rank: int) -> None:
+        """One byte each way. Groups connect at their first use, and then wait for one another without a limit: so not
+        before both ends are there. Raises DistError if the other end does not come."""
+        store.set(f"end {rank}", "is there")
+        store.wait([f"end {self.peer}"], self.limit)
         byte = torch.zeros(1, dtype=torch.uint8, device=self.lines.device)
         down, up = (self.out.send, self.into.recv) if rank == 0 else (self.into.recv, self.out.send)
         for call in (down, up):

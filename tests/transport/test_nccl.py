@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from dnipipe.beside import Beside
 from dnipipe.errors import ConfigError, PeerLost, WaitTimeout
 from dnipipe.messages import Activation
 from dnipipe.transport.nccl import NcclBulk, NcclTransport, check_nccl
+from tests.transport import conftest
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Standing
 
 SENT = Activation(4, torch.arange(12.0).reshape(3, 4), torch.tensor([1, 0, 2]))
@@ -64,6 +67,18 @@ def test_a_sender_that_dies_meanwhile_is_noticed(standing: Standing, stuck: Stuc
         b.receive([PREVIOUS], WAIT)
     dying.join()
     b.close()
+
+
+def test_a_neighbour_that_never_joins_is_a_wait_timeout(standing: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for it without a limit, so it is not asked before both are there."""
+    group = Mock()
+    monkeypatch.setattr(conftest, "ProcessGroupGloo", group)
+    a = standing.one(queue=8, timeout=0.2)
+    assert isinstance(a, NcclTransport)
+    a.listen(standing.address())
+    with pytest.raises(WaitTimeout, match=r"waited 0\.2 s \(transport\.timeout\) for stage n to join by nccl"):
+        a.join(NEXT, HashStore())
+    group.return_value.send.assert_not_called()
 
 
 def test_it_needs_a_gpu() -> None:
