@@ -39,17 +39,17 @@ class Window:
         if self._settling > 0:
             self._settling -= 1
         elif self.automatic and starved and blocked and self.size < self.limit:
-            enough, most = self._enough(now, waited)
+            enough = self._enough(now, waited)
             self._settling, self._grown = self.size - 1, (now, waited)
-            self.size = min(self.limit, max(self.size + 1, min(enough, most)))
+            self.size = min(self.limit, max(self.size + 1, enough))
 
-    def _enough(self, now: float, waited: float) -> tuple[int, int]:
-        """(batches that would have kept the stage busy, and some; batches that it may be now)."""
+    def _enough(self, now: float, waited: float) -> int:
+        """Batches that would have kept the stage busy since the window last grew, and some to spare."""
         if self._grown is None or now <= self._grown[0]:
-            return self.AT_FIRST * self.size, self.AT_FIRST * self.size
+            return self.AT_FIRST * self.size
         since, before = self._grown
-        busy = max(1 / self.LATER, 1 - (waited - before) / (now - since))
-        return math.ceil(self.SPARE * self.size / busy), self.LATER * self.size
+        busy = max(self.SPARE / self.LATER, 1 - (waited - before) / (now - since))
+        return math.ceil(self.SPARE * self.size / busy)
 
 
 __all__ = ["Window"]

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.cells import Records
+from benchmarks.figures import computer, processor
+from dnipipe.config import load
 from dnipipe.errors import ConfigError
 from tests.benchmarks.conftest import record, tiny
 
@@ -21,6 +24,13 @@ def test_a_record_belongs_to_the_settings_however_they_are_given(tmp_path: Path)
     assert found is not None and found.loss == 2.0
     assert again.of(tiny(tmp_path, "--optimizer.lr", "0.5")) is None
     assert again.of(tiny(tmp_path, "--data.root", "elsewhere")) is not None  # a path decides nothing
+
+
+def test_a_record_names_the_gpu_if_the_run_was_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    on = [load(None, ("--pipeline.device", device)) for device in ("auto", "cuda", "cpu")]
+    assert [computer(settings) for settings in on] == ["a GPU", "a GPU", processor()] and processor() != "a GPU"
 
 
 def test_a_changed_file_or_default_is_another_run(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import pytest
 from rich.console import Console
 
 from benchmarks.cells import ROOT, Cell, Records
-from benchmarks.figures import computer
 from benchmarks.grid import Grid, distinct, left
 from tests.benchmarks.conftest import record, tiny
 
@@ -50,7 +49,6 @@ def test_cells_are_run_recorded_and_not_run_again(tmp_path: Path, text: str) -> 
         assert len(one.cosine) == 2 and one.cosine[0] and not one.cosine[1]
         assert one.training[-1][0] == 30 and one.stage[0]["staleness"] >= 1
         assert one.settings["train.batches"] == 30 and "data.root" not in one.settings
-        assert one.processor == computer(cells[0].loaded)
     kept = (tmp_path / "out" / "tiny.jsonl").read_text()
     assert run(tmp_path / "out", "no such file", cells)[0]
     assert (tmp_path / "out" / "tiny.jsonl").read_text() == kept

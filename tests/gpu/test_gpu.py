@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.figures import computer, processor
 from dnipipe.beside import Beside, beside
 from dnipipe.building import Job, build_stage, plan_for
 from dnipipe.config import Config, load
@@ -252,8 +251,3 @@ def test_a_run_on_a_gpu_goes_on_there(tmp_path: Path) -> None:
     assert status == 0, err
     assert summary(run)["train"]["batches"] == 20  # type: ignore[index]  # of this start
     assert '"batch": 70,' in (run / "metrics" / "stage-1.jsonl").read_text().splitlines()[-1]
-
-
-def test_a_record_of_a_study_names_the_gpu() -> None:
-    assert computer(settings(pipeline__device="auto")) == torch.cuda.get_device_name(0)
-    assert computer(settings(pipeline__device="cpu")) == processor()
