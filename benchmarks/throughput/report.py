@@ -15,8 +15,8 @@ MANY = 8  # ranks, above which a table gives the lowest and the highest of them
 NOTE = (
     "Samples a second of the slowest rank; medians of the repeats, ± half of their range, and in brackets the share of "
     "the limit. The limit: the slowest stage alone in a loop on a core of its own, or, with more stages than cores, "
-    "all cores busy with the work of all stages. M: micro-batches in a step of a synchronous schedule, the best of "
-    "those tried, at each delay. dnipipe updates after each micro-batch, a schedule after each step. Of "
+    "all cores busy with the work of all stages; measured in turn with the systems. M: micro-batches in a step of a "
+    "synchronous schedule, the best of those tried, at each delay. dnipipe updates after each micro-batch, a schedule after each step. Of "
     f"more than {MANY} stages the lowest and the highest figure; idle time only of stages that compute. "
 )
 
@@ -25,8 +25,7 @@ def tables(records: Sequence[Record]) -> str:
     """All of it in Markdown."""
     parts = ["# Throughput", _origin(records) + NOTE]
     for group in _alike(records):
-        bound = limit(list(records), group[0])
-        parts.append(f"## {_title(group[0])}\n\nlimit: {bound:.1f} samples/s" if bound else f"## {_title(group[0])}")
+        parts.append(f"## {_title(group[0])}")
         parts.append(_throughput(records, group))
         parts.append(_costs(records, group))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
@@ -40,8 +39,9 @@ def plots(records: Sequence[Record]) -> list[Plot]:
         if len(group) < 2:
             continue
         delays = [1000 * condition.link.delay for condition in group]
-        title, bound = _title(group[0]), limit(list(records), group[0])
-        rates[title] = {"limit": (delays, [bound] * len(group))} if bound else {}
+        title = _title(group[0])
+        bounds = [(delay, bound) for delay, one in zip(delays, group, strict=True) if (bound := limit(records, one))]
+        rates[title] = {"limit": ([delay for delay, _ in bounds], [bound for _, bound in bounds])} if bounds else {}
         memory[title] = {}
         for system in _systems(records, group):
             runs = [_of(records, system, condition) for condition in group]
@@ -62,7 +62,8 @@ def _largest(record: Record) -> float:
 
 def _throughput(records: Sequence[Record], group: Sequence[Condition]) -> str:
     head = ["", *(f"{1000 * condition.link.delay:g} ms" for condition in group)]
-    rows = []
+    bounds = [limit(records, condition) for condition in group]
+    rows = [["the limit", *(MISSING if bound is None else f"{bound:.1f}" for bound in bounds)]] if any(bounds) else []
     for system in _systems(records, group):
         rows.append([f"`{system}`", *(_rate(records, system, condition) for condition in group)])
     for system in (name for name in RULES if name in _systems(records, group)):
@@ -74,7 +75,7 @@ def _rate(records: Sequence[Record], system: str, condition: Condition) -> str:
     runs = _of(records, system, condition)
     if not runs:
         return MISSING
-    rates, bound = [r.rate for r in runs], limit(list(records), condition)
+    rates, bound = [r.rate for r in runs], limit(records, condition)
     share = f" ({median(rates) / bound:.2f})" if bound else ""
     tried = f", M = {runs[0].microbatches}" if system in SCHEDULES and system != "plain" else ""
     return f"{median(rates):.1f} ± {(max(rates) - min(rates)) / 2:.1f}{share}{tried}"

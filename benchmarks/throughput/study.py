@@ -1,8 +1,8 @@
 """What is measured: which systems, under which conditions, and in which order.
 
-for each number of stages          the limit: each stage alone
-  for each link                    first, for each synchronous schedule: its best number of micro-batches
-    for each repeat                all systems, one after the other, beginning with another one each time
+for each number of stages and link   first, for each synchronous schedule: its best number of micro-batches
+  for each repeat                    the limit (each stage alone) and all systems, one after the other, beginning with
+                                     another one each time: so that the machine's drift hits the limit too
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -114,15 +114,14 @@ class Study:
                 keep(record)
 
         for condition in self.conditions:
-            for repeat in range(self.repeats):
-                measure(ALONE, replace(condition, link=PLAIN), 1, repeat)
             schedules = [system for system in self.systems if system in SCHEDULES and system != "plain"]
             for number in self.microbatches if len(self.microbatches) > 1 else ():
                 for system in schedules:
                     measure(system, condition, number, -1)
+            systems = (ALONE, *self.systems)
             for repeat in range(self.repeats):
-                turn = repeat % len(self.systems)
-                for system in (*self.systems[turn:], *self.systems[:turn]):
+                turn = repeat % len(systems)
+                for system in (*systems[turn:], *systems[:turn]):
                     measure(system, condition, self.best(found, system, condition), repeat)
 
     def best(self, found: list[Record], system: str, condition: Condition) -> int:
@@ -156,11 +155,14 @@ def _groups(order: Order) -> Iterator[list[Order]]:
         yield [replace(order, stage=stage) for stage in range(first, min(first + each, order.stages))]
 
 
-def limit(found: list[Record], condition: Condition) -> float | None:
+def limit(found: Sequence[Record], condition: Condition) -> float | None:
     """Samples a second that no pipeline of these stages exceeds: the slowest stage's alone, or, with more stages than
-    cores, all cores busy with all stages' work, if that is less. The median of the repeats.
+    cores, all cores busy with all stages' work, if that is less. The median of the repeats: of those in turn with the
+    condition's systems, or, in records of before 2026-11-27, of those before the first link.
     """
-    rates = [_limit(r) for r in found if r.system == ALONE and r.condition == replace(condition, link=PLAIN)]
+    alone = [r for r in found if r.system == ALONE]
+    beside = [r for r in alone if r.condition == condition]
+    rates = [_limit(r) for r in beside or alone if r.condition in (condition, replace(condition, link=PLAIN))]
     return sorted(rates)[len(rates) // 2] if rates else None
 
 

@@ -55,12 +55,21 @@ def test_the_best_number_of_microbatches_is_searched_once_a_condition(two_cores:
     assert {r.microbatches for r in found if r.system in ("plain", "local")} == {1}
 
 
-def test_each_repeat_begins_with_another_system_and_the_limit_is_measured_without_a_link(two_cores: None) -> None:
+def test_each_repeat_begins_with_another_system_and_the_limit_without_a_link_has_its_turn(two_cores: None) -> None:
     place, found = Invented(), []
     STUDY.carry_out(place, found, lambda record: None)
     order = [r.system for r in found if r.repeat >= 0 and r.condition == CONDITIONS[1]]
-    assert order == ["1f1b", "plain", "local", "plain", "local", "1f1b"]
-    assert [delay for system, _, delay in place.seen if system == "alone"] == [0.0, 0.0]  # once, for both delays
+    assert order == ["alone", "1f1b", "plain", "local", "1f1b", "plain", "local", "alone"]
+    assert [delay for system, _, delay in place.seen if system == "alone"] == [0.0] * 4
+
+
+def test_a_limit_is_that_of_the_same_link_or_where_there_is_none_that_of_no_link(two_cores: None) -> None:
+    records = [
+        Record("alone", condition, 1, 0, [Measured(rate, 1.0, 1.0, None, 1.0)] * 2, "emulated", "today")
+        for condition, rate in zip(CONDITIONS, (100.0, 80.0), strict=True)
+    ]
+    assert [limit(records, condition) for condition in CONDITIONS] == [100.0, 80.0]
+    assert limit(records[:1], CONDITIONS[1]) == 100.0  # records of before 2026-11-27
 
 
 def test_what_was_measured_is_not_measured_again(two_cores: None, tmp_path: Path) -> None:
@@ -88,7 +97,7 @@ def test_the_tables_have_shares_ratios_and_costs(two_cores: None) -> None:
     found: list[Record] = []
     STUDY.carry_out(Invented(), found, lambda record: None)
     text = tables(found)
-    assert "limit: 80.0 samples/s" in text  # stage 1 takes a quarter longer
+    assert "| the limit | 80.0 | 80.0 |" in text  # stage 1 takes a quarter longer
     assert "| `1f1b` | 50.0 ± 0.0 (0.62), M = 8 | 40.0 ± 0.0 (0.50), M = 8 |" in text
     assert "| `local` : best schedule | 1.80 × | 2.25 × |" in text
     assert "| `local` | 25, 25 | 2, 2 | 400, 400 | 2.5, 2.5 |" in text
