@@ -16,7 +16,8 @@ NOTE = (
     "Samples a second of the slowest rank; medians of the repeats, ± half of their range, and in brackets the share of "
     "the limit. The limit: the slowest stage alone in a loop on a core of its own, or, with more stages than cores, "
     "all cores busy with the work of all stages; measured in turn with the systems. M: micro-batches in a step of a "
-    "synchronous schedule, the best of those tried, at each delay. dnipipe updates after each micro-batch, a schedule after each step. Of "
+    "synchronous schedule, the best of those tried, at each delay. dnipipe updates after each micro-batch, a schedule "
+    "after each step. Of "
     f"more than {MANY} stages the lowest and the highest figure; idle time only of stages that compute. "
 )
 
