@@ -18,6 +18,7 @@ from torch import Tensor
 from dnipipe import inputs, optim, predictors, split
 from dnipipe.beside import Beside, beside
 from dnipipe.config import Config, phases
+from dnipipe.costs import work_of
 from dnipipe.data import Task, check_batch
 from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.execution import compile_forward, round_off, rounded
@@ -28,10 +29,10 @@ from dnipipe.lessons import Replay
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.phases import Phases
-from dnipipe.predictors import Loss
+from dnipipe.predictors import Edge, Loss
 from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
-from dnipipe.split import Plan
+from dnipipe.split import Plan, Work
 from dnipipe.stage import Stage
 from dnipipe.staging import StagedTransport
 from dnipipe.stash import Graphs
@@ -68,17 +69,39 @@ def first_batch(task: Task) -> tuple[Tensor, Tensor]:
     return check_batch(pair, task.classes, 1)
 
 
-def plan_for(settings: Config, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
+def plan_for(job: Job, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
     """The plan, with the number of classes taken from the model's output where the data does not say it."""
-    pipeline = settings.pipeline
-    by_time = settings.transport.kind != "local"  # a measured cut may differ from run to run
-    device = device_of(settings)
-    prepare = partial(round_off, settings=pipeline, device=device)
-    made = split.plan(model, pipeline.stages, pipeline.boundaries, x, y, classes, str(device), by_time, prepare)
-    if classes is None and not y.is_floating_point() and len(made.shapes[-1]) == y.dim() + 1:
-        made = replace(made, classes=made.shapes[-1][-1 if made.shapes[-1][:-1] == y.shape else 1])
+    settings, pipeline, device = job.config, job.config.pipeline, device_of(job.config)
+    made = split.plan(
+        model,
+        pipeline.stages,
+        pipeline.boundaries,
+        x,
+        y,
+        classes,
+        str(device),
+        by_time=settings.transport.kind != "local",  # a measured cut may differ from run to run
+        prepare=partial(round_off, settings=pipeline, device=device),
+        work=partial(_work, replace(job, loss=rounded(job.loss, pipeline, device)), y.to(device)),
+    )
+    if classes is None and made.classes is not None:
         check_batch((x, y), made.classes, 1)
     return made
+
+
+def _work(job: Job, y: Tensor, edge: Edge) -> Work:
+    """What a batch is to a stage that ends at this edge, measured; of the last rule, if there are several."""
+    settings, device = job.config, device_of(job.config)
+    name = phases(settings.rule)[-1][1]
+    if name == "sync":
+        return Work()  # along torch's schedule, which keeps the graph
+    with torch.random.fork_rng():
+        try:
+            rule = RULES[name].build(settings, lambda: _learner(job, edge, 0))
+            h, first = torch.randn(edge.h, device=device), settings.rule.warmup + 1
+            return work_of(rule, h, y, first, graphs=not settings.pipeline.compile)
+        except Exception:  # no such predictor can stand here: whoever cuts here is told so, others need not be
+            return Work()
 
 
 def total_batches(settings: Config, task: Task) -> int:
@@ -160,12 +183,7 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
 
     @functools.cache
     def learner() -> Learner:
-        torch.manual_seed(settings.train.seed + plan.layers_of(index)[-1] + 1)
-        predictor = predictors.build(settings.predictor, plan.edge(index), job.loss)
-        for part in predictor.children():
-            round_off(part, settings.pipeline, device_of(settings))
-        lessons = Replay(settings.predictor.replay, settings.predictor.steps)
-        return Learner(predictor.to(device_of(settings)), settings.predictor.lr, lessons, settings.predictor.rows)
+        return _learner(job, plan.edge(index), settings.train.seed + plan.layers_of(index)[-1] + 1)
 
     def rule(name: str) -> GradientRule:
         made: GradientRule
@@ -179,6 +197,17 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
 
     rules = [(start, rule(name)) for start, name in phases(settings.rule)]
     return rules[0][1] if len(rules) == 1 else Phases(rules)
+
+
+def _learner(job: Job, edge: Edge, seed: int) -> Learner:
+    """A new predictor for this edge, on the device, with what teaches it."""
+    settings, device = job.config, device_of(job.config)
+    torch.manual_seed(seed)
+    predictor = predictors.build(settings.predictor, edge, job.loss)
+    for part in predictor.children():
+        round_off(part, settings.pipeline, device)
+    lessons = Replay(settings.predictor.replay, settings.predictor.steps)
+    return Learner(predictor.to(device), settings.predictor.lr, lessons, settings.predictor.rows)
 
 
 def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:

@@ -28,7 +28,7 @@ def check(job: Job) -> Iterator[str]:
     x, y = first_batch(task)
     torch.manual_seed(settings.train.seed)
     model = job.model()
-    plan = plan_for(settings, model, x, y, task.classes)
+    plan = plan_for(job, model, x, y, task.classes)
     total = total_batches(settings, task)
     if settings.rule.name == "sync":  # in one process there is no schedule: the same layers, in turn
         job = replace(job, config=under(settings, "wait"))

@@ -26,10 +26,10 @@ def table(plan: Plan) -> Iterator[str]:
     for stage in range(plan.stages):
         layers = plan.layers_of(stage)
         names = f"{plan.layers[layers[0]]}" + (f" … {plan.layers[layers[-1]]}" if len(layers) > 1 else "")
-        seconds = sum(plan.seconds[layer] for layer in layers)
+        seconds = plan.seconds[stage]
         yield (
             f"stage {stage} layers {names}: {sum(plan.parameters[layer] for layer in layers):,} parameters, "
-            f"{seconds * 1e3:.1f} ms a batch ({seconds / whole:.0%} of the model)"
+            f"{seconds * 1e3:.1f} ms a batch ({seconds / whole:.0%} of all)"
         )
 
 

@@ -200,7 +200,7 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
     """What stage 0 decides; its data, which only it has, goes into `tasks`. Makes the run's folder."""
     settings, task = job.config, job.task()
     x, y = first_batch(task)
-    plan = plan_for(settings, model, x, y, task.classes)
+    plan = plan_for(job, model, x, y, task.classes)
     tasks.append(replace(task, classes=plan.classes))
     total = total_batches(settings, task)
     folder = Path(settings.output.run)

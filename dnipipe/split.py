@@ -10,11 +10,12 @@ A plan is plain values: stage 0 makes it and publishes it as JSON, so that no tw
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,12 +30,24 @@ REPEATS = 6  # measurements of a layer
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a batch is to a stage before the last one: passes through its layers, and its predictor's seconds.
+
+    The last stage has the loss: one pass forward, one back, and no predictor.
+    """
+
+    forwards: int = 1
+    backwards: int = 1
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where the model is cut and what flows there, for one batch like the first."""
 
     layers: tuple[str, ...]  # names of the model's children, in order
     boundaries: tuple[int, ...]  # first layer of each stage after the first
-    seconds: tuple[float, ...]  # forward + backward of each layer, measured
+    seconds: tuple[float, ...]  # of a batch in each stage, measured: its layers and its predictor, one after the other
     parameters: tuple[int, ...]  # of each layer
     shapes: tuple[tuple[int, ...], ...]  # output of each layer, B first
     dtypes: tuple[str, ...]  # of that output
@@ -81,11 +94,13 @@ def plan(
     device: str = "cpu",
     by_time: bool = True,
     prepare: Callable[[nn.Module], nn.Module] = lambda layer: layer,
+    work: Callable[[Edge], Work] = lambda edge: Work(),
 ) -> Plan:
     """Measure the layers on one batch (x, y), cut into `stages` (at `boundaries`, or balanced), and check the cut.
 
     Balanced by measured time, or if not `by_time` by the number of parameters, which is the same in every run.
-    `prepare` makes a layer, in place, run as it will in a stage.
+    `prepare` makes a layer, in place, run as it will in a stage. `work`: what is done in a stage that ends at such an
+    edge; asked once for edges that are alike.
 
     The model is left as it was: what is measured is a copy, and torch's random state is put back.
     Raises SplitError: not an nn.Sequential, more stages than layers, a stage without parameters to train, a parameter
@@ -99,47 +114,50 @@ def plan(
     layers = [name for name, _ in model.named_children()]
     if stages > len(layers):
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
-    seconds, outputs = _measure(model, x, device, prepare)
+    costs = _Costs(*_measure(model, x, device, prepare), y, classes, functools.cache(work))
     trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in model]
-    cut = tuple(boundaries) or balance(seconds if by_time else parameters, trainable, stages)
+    cost = costs.of if by_time else lambda layers, last: float(sum(parameters[layer] for layer in layers))
     made = Plan(
         layers=tuple(layers),
-        boundaries=cut,
-        seconds=tuple(seconds),
+        boundaries=tuple(boundaries) or balance(cost, trainable, stages),
+        seconds=(),
         parameters=tuple(parameters),
-        shapes=tuple(tuple(h.shape) for h in outputs),
-        dtypes=tuple(_name(h) for h in outputs),
+        shapes=tuple(tuple(h.shape) for h in costs.outputs),
+        dtypes=tuple(_name(h) for h in costs.outputs),
         x=tuple(x.shape),
         x_dtype=_name(x),
         y=tuple(y.shape),
-        classes=classes,
+        classes=costs.classes,
     )
     _check(model, made, trainable)
-    return made
+    return replace(made, seconds=tuple(costs.of(made.layers_of(k), k == stages - 1) for k in range(stages)))
 
 
 def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def balance(seconds: Sequence[float], trainable: Sequence[bool], stages: int) -> tuple[int, ...]:
-    """Boundaries that make the slowest stage as fast as possible, each stage having something to train.
+def balance(cost: Callable[[range, bool], float], trainable: Sequence[bool], stages: int) -> tuple[int, ...]:
+    """Boundaries that make the most costly stage as cheap as possible, each stage having something to train.
 
-    Exact, by dynamic programming over (stages, layers): O(K n²).
+    cost: of a stage of these layers, and whether it is the last one.
+    Exact, by dynamic programming over (stages, layers): O(K n²) stages are looked at.
     """
-    n = len(seconds)
+    n = len(trainable)
     infinite = float("inf")
-    # best[k][j]: the slowest of k stages made of the first j layers; back[k][j]: where the k-th of them starts
+    # best[k][j]: the most costly of k stages made of the first j layers; back[k][j]: where the k-th of them starts
     best = [[infinite] * (n + 1) for _ in range(stages + 1)]
     back = [[0] * (n + 1) for _ in range(stages + 1)]
     best[0][0] = 0.0
     for k in range(1, stages + 1):
         for j in range(k, n + 1):
             for i in range(k - 1, j):
-                slowest = max(best[k - 1][i], sum(seconds[i:j]))
-                if any(trainable[i:j]) and slowest < best[k][j]:
-                    best[k][j], back[k][j] = slowest, i
+                if not any(trainable[i:j]) or best[k - 1][i] == infinite:
+                    continue
+                most = max(best[k - 1][i], cost(range(i, j), k == stages))
+                if most < best[k][j]:
+                    best[k][j], back[k][j] = most, i
     if best[stages][n] == infinite:
         raise SplitError(
             f"{stages} stages, but only {sum(trainable)} layers have parameters to train, and each stage needs one: "
@@ -158,11 +176,35 @@ def part(model: nn.Module, made: Plan, stage: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(children[layer] for layer in made.layers_of(stage)))
 
 
+class _Costs:
+    """Seconds of a batch in any stage that may be cut out. forwards, backwards, outputs: of each layer."""
+
+    def __init__(
+        self,
+        forwards: list[float],
+        backwards: list[float],
+        outputs: list[Tensor],
+        y: Tensor,
+        classes: int | None,
+        work: Callable[[Edge], Work],
+    ) -> None:
+        self.forwards, self.backwards, self.outputs, self.work = forwards, backwards, outputs, work
+        self.shapes, self.y = [tuple(h.shape) for h in outputs], tuple(y.shape)
+        self.classes = classes
+        if classes is None and not y.is_floating_point() and len(self.shapes[-1]) == y.dim() + 1:
+            self.classes = self.shapes[-1][-1 if self.shapes[-1][:-1] == self.y else 1]
+
+    def of(self, layers: range, last: bool) -> float:
+        work = Work() if last else self.work(Edge(self.shapes[layers[-1]], self.y, self.shapes[-1], self.classes))
+        there, back = (sum(seconds[layer] for layer in layers) for seconds in (self.forwards, self.backwards))
+        return work.forwards * there + work.backwards * back + work.seconds
+
+
 def _measure(
     model: nn.Sequential, x: Tensor, device: str, prepare: Callable[[nn.Module], nn.Module]
-) -> tuple[list[float], list[Tensor]]:
-    """Seconds of forward + backward of each layer on one batch, the least disturbed of some; each layer's output."""
-    seconds, outputs = [], []
+) -> tuple[list[float], list[float], list[Tensor]]:
+    """Seconds of each layer's forward and of its backward on one batch, the least disturbed of some; its output."""
+    forwards, backwards, outputs = [], [], []
     with torch.random.fork_rng():
         h = x.to(device)
         for name, layer in model.named_children():
@@ -173,26 +215,33 @@ def _measure(
                 raise SplitError(
                     f"layer {name} cannot take the output {tuple(h.shape)} of the layers before it: {error}"
                 ) from error
-            seconds.append(min(run for run, _ in runs))  # the first ones warm up, others may be interrupted
-            h = runs[-1][1]
+            forwards.append(min(run[0] for run in runs))  # the first ones warm up, others may be interrupted
+            backwards.append(min(run[1] for run in runs))
+            h = runs[-1][2]
             outputs.append(h)
-    return seconds, outputs
+    return forwards, backwards, outputs
 
 
-def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, Tensor]:
+def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, float, Tensor]:
     x = x.detach()
     if x.is_floating_point():
         x.requires_grad_()
-    clock = time.perf_counter if x.is_cuda else time.process_time  # the other stages' processes start at this moment
-    started = clock()
+    started = lap(x)
     h = layer(x)
     if not isinstance(h, Tensor):
         raise TypeError(f"it returns a {type(h).__name__}, and an edge carries one tensor")
+    turned = lap(x)
     if h.requires_grad:
         h.backward(torch.ones_like(h))  # type: ignore[no-untyped-call]
-    if h.is_cuda:
+    return turned - started, lap(x) - turned, h.detach()
+
+
+def lap(like: Tensor) -> float:
+    """Seconds this process has worked by now; on a GPU, such a tensor's, the time when all it was given is done."""
+    if like.is_cuda:
         torch.cuda.synchronize()
-    return clock() - started, h.detach()
+        return time.perf_counter()
+    return time.process_time()  # the other stages' processes start at this moment
 
 
 def _check(model: nn.Sequential, made: Plan, trainable: Sequence[bool]) -> None:
@@ -219,4 +268,4 @@ def _check(model: nn.Sequential, made: Plan, trainable: Sequence[bool]) -> None:
                 )
 
 
-__all__ = ["Plan", "balance", "part", "plan"]
+__all__ = ["REPEATS", "Plan", "Work", "balance", "lap", "part", "plan"]

@@ -42,6 +42,7 @@ MAY = {
     "pending": "stash",
     "stage": "beside messages errors gradient_rules last_stage predictors metrics optim pending randomness stash",
     "split": "errors predictors",
+    "costs": "gradient_rules split",
     "models": "config errors",
     "data": "config errors",
     "execution": "config errors",
@@ -59,8 +60,8 @@ MAY = {
     "measured": "messages metrics tracing transport",
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
-    "building": "beside config data errors execution gradient_rules inputs last_stage learner lessons metrics optim "
-    "phases predictors randomness sometimes split stage staging stash sync transport unlocked window wire",
+    "building": "beside config costs data errors execution gradient_rules inputs last_stage learner lessons metrics "
+    "optim phases predictors randomness sometimes split stage staging stash sync transport unlocked window wire",
     "state": "checkpoint errors split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
     "session": "building checkpoint config data display errors folders gloo greeting head messages metrics opening "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -10,13 +11,19 @@ import torch
 import torch.nn as nn
 
 from dnipipe.errors import SplitError
-from dnipipe.split import Plan, balance, part, plan
+from dnipipe.predictors import Edge
+from dnipipe.split import Plan, Work, balance, part, plan
 
 X, Y = torch.randn(6, 8), torch.randint(3, (6,))
 
 
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def adding(seconds: list[float]) -> Callable[[range, bool], float]:
+    """What layers cost when each costs the same in any stage."""
+    return lambda layers, last: sum(seconds[layer] for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +39,7 @@ def model() -> nn.Sequential:
     ],
 )
 def test_balance(seconds: list[float], stages: int, expected: tuple[int, ...]) -> None:
-    cut = balance(seconds, [True] * len(seconds), stages)
+    cut = balance(adding(seconds), [True] * len(seconds), stages)
     edges = (0, *cut, len(seconds))
     wanted = (0, *expected, len(seconds))
     slowest = max(sum(seconds[a:b]) for a, b in pairwise(edges))
@@ -41,10 +48,26 @@ def test_balance(seconds: list[float], stages: int, expected: tuple[int, ...]) -
 
 
 def test_balance_gives_each_stage_something_to_train() -> None:
-    assert balance([9, 0.1, 0.1, 9], [True, False, False, True], 2) in ((1,), (2,), (3,))
-    assert balance([1, 9, 9, 1], [True, False, True, False], 2) == (2,)
+    assert balance(adding([9, 0.1, 0.1, 9]), [True, False, False, True], 2) in ((1,), (2,), (3,))
+    assert balance(adding([1, 9, 9, 1]), [True, False, True, False], 2) == (2,)
     with pytest.raises(SplitError, match="3 stages, but only 2 layers have parameters"):
-        balance([1, 1, 1], [True, False, True], 3)
+        balance(adding([1, 1, 1]), [True, False, True], 3)
+
+
+def test_stages_before_the_last_count_what_their_rule_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)])  # each 1 s forward, 2 s back
+    monkeypatch.setattr("dnipipe.split._measure", lambda *_: ([1.0] * 8, [2.0] * 8, [X] * 8))
+
+    def planned(work: Work) -> Plan:
+        return plan(net, 2, (), X, Y, 8, work=lambda edge: work)
+
+    assert planned(Work()).boundaries == (4,) and planned(Work()).seconds == (12, 12)
+    assert planned(Work(backwards=2)).boundaries == (3,) and planned(Work(backwards=2)).seconds == (15, 15)
+    assert planned(Work(forwards=2)).seconds == (12, 15)
+    assert planned(Work(seconds=6.0)).boundaries == (3,) and planned(Work(seconds=6.0)).seconds == (15, 15)
+    asked: list[Edge] = []
+    plan(net, 3, (), X, Y, 8, work=lambda edge: asked.append(edge) or Work())
+    assert asked == [Edge((6, 8), (6,), (6, 8), 8)]  # once, for all edges are alike
 
 
 def test_a_plan_describes_every_edge_and_survives_json() -> None:
@@ -107,7 +130,7 @@ def test_a_cut_by_parameters_does_not_depend_on_time(monkeypatch: pytest.MonkeyP
     model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 2))
     x, y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
     for slow, by_time in enumerate((1, 2, 2, 3)):
-        measured = [1.0 + 99.0 * (layer == slow) for layer in range(4)], [torch.zeros(2, 2)] * 4
+        measured = [1.0 + 99.0 * (layer == slow) for layer in range(4)], [0.0] * 4, [torch.zeros(2, 2)] * 4
         monkeypatch.setattr("dnipipe.split._measure", lambda *_, measured=measured: measured)
         assert plan(model, 2, (), x, y, 2).boundaries == (by_time,)
         assert plan(model, 2, (), x, y, 2, by_time=False).boundaries == (2,)  # 320 + 4,160 and 520 + 18

@@ -34,7 +34,7 @@ def loop(words: tuple[str, ...], stage: int | None, repeats: int) -> Loop:
     job, device = job_of(config), device_of(config)
     batches = list(islice(chain.from_iterable(repeat(job.task().train)), 20))
     x, y = batches[0]
-    plan = plan_for(config, job.model(), x, y, None)
+    plan = plan_for(job, job.model(), x, y, None)
     torch.manual_seed(0)
     model = job.model() if stage is None else split.part(job.model(), plan, stage)
     module = round_off(model.to(device), config.pipeline, device)

@@ -69,7 +69,7 @@ def alone(workload: Workload, index: int, seconds: float, window: Window) -> Non
     ((_, _, module),) = _parts(job, index, workload.stages, 1)
     descent = job.optimizer(module.parameters())
     x, y = next(_batches(job, 1))
-    plan = plan_for(config, job.model(), x, y, None)
+    plan = plan_for(job, job.model(), x, y, None)
     if index > 0:
         x = torch.randn(plan.edge(index - 1).h)
     g = None if index == workload.stages - 1 else torch.randn(plan.edge(index).h) / y.numel()

@@ -130,7 +130,7 @@ def stages(config: Config) -> tuple[list[Stage], Plan]:
     job: Job = job_of(config)
     torch.manual_seed(config.train.seed)
     model = job.model()
-    plan = plan_for(config, model, *images(0), 10)
+    plan = plan_for(job, model, *images(0), 10)
     return [build_stage(job, model, plan, k, 100, StageMetrics(k, 2)) for k in range(2)], plan
 
 
