@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -227,22 +228,46 @@ def test_a_delay_needs_the_laboratory(capsys: pytest.CaptureFixture[str]) -> Non
     assert "a real link has a delay of its own; use transport.kind = local" in capsys.readouterr().err
 
 
-@pytest.mark.processes
-def test_an_interrupt_ends_it_in_order(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    settings = {**OURS, "train.batches": 10**6, "output.quiet": False, "output.every": 0.1}
+def at_work(run: Path, **settings: object) -> subprocess.Popen[str]:
+    """An endless run in a process of its own, which has told of a batch."""
+    endless = {**OURS, "train.batches": 10**6, "output.quiet": False, "output.every": 0.1, **settings}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dnipipe", "train", f"--output.run={run}", *(f"--{k}={v}" for k, v in settings.items())],
+        [sys.executable, "-m", "dnipipe", "train", f"--output.run={run}", *(f"--{k}={v}" for k, v in endless.items())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    tells_of_a_batch(process)
+    return process
+
+
+def tells_of_a_batch(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     while not process.stdout.readline().startswith("batch "):
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
+
+
+def ends_in_order(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=40)
     assert process.returncode == 0, err
     assert "stopped at batch" in out and err == ""
+
+
+@pytest.mark.processes
+def test_an_interrupt_ends_it_in_order(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ends_in_order(at_work(run))
     assert checkpoint.newest(run).batch >= 1
+
+
+@pytest.mark.processes
+def test_a_run_that_was_stopped_for_longer_than_any_wait_goes_on(tmp_path: Path) -> None:
+    """As by Ctrl-Z and fg."""
+    process = at_work(tmp_path / "run", **{"transport.timeout": 2})
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    tells_of_a_batch(process)
+    ends_in_order(process)

@@ -25,6 +25,7 @@ from dnipipe.transport.local import detached
 
 Key = tuple[float, int]  # (tick at which it is due, number in the order of sending)
 AT_ONCE, NEVER = (0, -1), (float("inf"), 0)
+LOOK_EVERY = 1.0  # seconds, at most, of a wait that are counted at once
 
 
 @dataclass(eq=False)
@@ -41,7 +42,7 @@ class Laboratory:
 
     Args:
         stages: K. delay: ticks that a message is under way. capacity: messages that a queue holds.
-        timeout: seconds that a thread waits for its turn, or for room in a queue.
+        timeout: seconds that a thread waits for its turn, or for room in a queue, while this process runs.
         threads: how many will `join`. No tick begins before all have, so that every run goes alike.
     """
 
@@ -199,11 +200,7 @@ class LaboratoryTransport:
         lab = self.laboratory
         while True:
             running = lab.owner is not None
-            expired = False
-            try:
-                self._calls.get(timeout=lab.timeout if running else timeout)
-            except queue.Empty:
-                expired = True
+            expired = not self._called(lab.timeout if running else timeout)
             with lab.lock:
                 if self not in lab.waits:
                     return True
@@ -213,6 +210,18 @@ class LaboratoryTransport:
                     return not expired
             if expired and running:
                 raise WaitTimeout(f"stage {self.index} waited {lab.timeout:g} s for its turn")
+
+    def _called(self, seconds: float) -> bool:
+        """Whether a call comes in so many seconds in which this process runs: one that is stopped (Ctrl-Z) and goes on
+        an hour later has not waited for a stage that hangs."""
+        while True:
+            try:
+                self._calls.get(timeout=min(seconds, LOOK_EVERY))
+                return True
+            except queue.Empty:
+                seconds -= LOOK_EVERY
+                if seconds <= 0:
+                    return False
 
     # -- waking and ending -------------------------------------------------------------------------------------
 
