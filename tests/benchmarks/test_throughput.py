@@ -6,6 +6,7 @@ Study ─► orders ─► Place (here: made up) ─► records ─► limit, be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,12 @@ def test_the_tables_have_shares_ratios_and_costs(two_cores: None) -> None:
     assert "| `1f1b` | 50.0 ± 0.0 (0.62), M = 8 | 40.0 ± 0.0 (0.50), M = 8 |" in text
     assert "| `local` : best schedule | 1.80 × | 2.25 × |" in text
     assert "| `local` | 25, 25 | 2, 2 | 400, 400 | 2.5, 2.5 |" in text
+
+
+def test_a_link_between_real_hosts_is_not_said_to_have_no_delay(two_cores: None) -> None:
+    found: list[Record] = []
+    replace(STUDY, links="hosts", conditions=CONDITIONS[:1]).carry_out(Invented(), found, lambda record: None)
+    assert "|  | the link as it is |" in tables(found) and "0 ms" not in tables(found)
 
 
 @pytest.mark.parametrize("words", [["--delays", "10"], ["--rates", "100"], ["--jitter", "2"]])
