@@ -58,6 +58,15 @@ RULES = {
     "vfbn-1": Rule((*SYNTHETIC, "--predictor.name", "vfbn", "--predictor.hidden", "1")),
     "synthetic": Rule(RECOMMENDED),
 }
+VARIANTS = {  # blend with one of the settings that it begins with as the other rules have it: what that setting brings
+    "blend-lambda-0": Rule((*BLEND, "--rule.bp_lambda", "0"), tuned_as="sync"),
+    "blend-whole": Rule((*BLEND, "--rule.correction", "1"), tuned_as="sync"),
+    "blend-no-lookahead": Rule((*BLEND, "--rule.lookahead", "0"), tuned_as="sync"),
+    "blend-no-stash": Rule((*BLEND, "--rule.stash", "false"), tuned_as="sync"),
+    "blend-matching": Rule((*BLEND, "--predictor.matching", "0.1"), tuned_as="sync"),
+}
+MAIN = tuple(RULES)
+RULES |= VARIANTS
 IMAGES = {"linear": ("conv", "0"), "mlp": ("conv", "1")}  # predictor -> its kind and hidden layers for a CNN
 
 
@@ -119,12 +128,13 @@ class Axes:
     """What is crossed with what."""
 
     tasks: tuple[str, ...] = tuple(TASKS)
-    rules: tuple[str, ...] = tuple(RULES)
+    rules: tuple[str, ...] = MAIN
     stages: tuple[int, ...] = (2, 4, 8)
     delays: tuple[int, ...] = (0, 2, 8)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
+OF_BLEND = Axes(tasks=("mnist-cnn",), rules=("sync", "blend", *VARIANTS), stages=(STAGES,), delays=(2, 8))
 QUICK = Axes(rules=("sync", "local-1", "delayed", "synthetic"), stages=(4,), delays=(0, 8), seeds=(0,))
 
 

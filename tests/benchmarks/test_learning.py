@@ -11,14 +11,16 @@ import pytest
 from benchmarks.cells import Records
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.report import LearningStudy
-from benchmarks.learning.study import QUICK, RULES, SEARCH, TASKS, Axes
+from benchmarks.learning.study import OF_BLEND, QUICK, SEARCH, TASKS, VARIANTS, Axes
 from benchmarks.plots import draw
 from tests.benchmarks.conftest import record
 
 LM = replace(Axes(), tasks=("lm",))
 
 
-@pytest.mark.parametrize("study", [LearningStudy(), LearningStudy(QUICK, QUICK, quick=True)])
+@pytest.mark.parametrize(
+    "study", [LearningStudy(), LearningStudy(OF_BLEND, OF_BLEND), LearningStudy(QUICK, QUICK, quick=True)]
+)
 def test_every_cell_is_a_run_in_the_laboratory(study: LearningStudy, tmp_path: Path) -> None:
     cells = study.cells(Records(tmp_path))
     assert len({str(cell) for cell in cells}) == len(cells) > 15
@@ -34,8 +36,21 @@ def test_every_rule_has_the_same_budget(tmp_path: Path) -> None:
     count = Counter((cell.table, cell.labels["rule"], cell.labels["delay"]) for cell in searches)
     assert set(count.values()) == {3}
     given = {"wait", "sync-nadam", "blend"}  # they take the rate that sync has
-    assert {rule for _, rule, _ in count} == RULES.keys() - given
+    assert {rule for _, rule, _ in count} == set(Axes().rules) - given
     assert all(cell.loaded.data.evaluate == "validation" and cell.loaded.train.seed == 0 for cell in searches)
+
+
+def test_each_variant_of_blend_differs_from_it_in_one_setting(tmp_path: Path) -> None:
+    study, records = LearningStudy(OF_BLEND, OF_BLEND), Records(tmp_path)
+    plain, *others = (study.cell("mnist-cnn", rule, 4, 2, 0, records).settings for rule in ("blend", *VARIANTS))
+    changed = [{name: value for name, value in other.items() if value != plain[name]} for other in others]
+    assert changed == [
+        {"rule.bp_lambda": 0.0},
+        {"rule.correction": 1.0},
+        {"rule.lookahead": 0},
+        {"rule.stash": False},
+        {"predictor.matching": 0.1},
+    ]
 
 
 def searched(study: LearningStudy, records: Records, rule: str, losses: list[float | None]) -> None:
