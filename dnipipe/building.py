@@ -205,7 +205,7 @@ def _learner(job: Job, edge: Edge, seed: int) -> Learner:
     torch.manual_seed(seed)
     predictor = predictors.build(settings.predictor, edge, job.loss)
     for part in predictor.children():
-        round_off(part, settings.pipeline, device)
+        round_off(part, settings.pipeline, device, guesses=True)
     lessons = Replay(settings.predictor.replay, settings.predictor.steps)
     return Learner(predictor.to(device), settings.predictor.lr, lessons, settings.predictor.rows)
 

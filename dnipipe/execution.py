@@ -1,9 +1,10 @@
 """How layers are run: under autocast, compiled, or as they are. Their parameters keep names, dtype and place.
 
-    x float32 ──► [ layers: matrix products in bfloat16 ] ──► h float32         pipeline.autocast
-                  [ several operations in one kernel    ]                       pipeline.compile
+    x float32 ──► [ layers: matrix products in bfloat16 or float16 ] ──► h float32         pipeline.autocast
+                  [ several operations in one kernel               ]                       pipeline.compile
 
-What leaves is float32 again, so that the rule, the wire and the optimizer are as ever. Not nn.Module.compile: it leaves
+What leaves is float32 again, so that the rule, the wire and the optimizer are as ever; in float16 gradients go back
+scaled (scaling.py). Not nn.Module.compile: it leaves
 an nn.Sequential as it is (torch 2.13), without a word.
 """
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from dnipipe.config import Pipeline
 from dnipipe.errors import ConfigError, told
+from dnipipe.scaling import scaled
 
-DTYPES = {"bfloat16": torch.bfloat16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Run = Callable[..., Tensor]
 
@@ -39,11 +41,17 @@ def rounded(run: Run, settings: Pipeline, device: torch.device) -> Run:
     return under
 
 
-def round_off(module: nn.Module, settings: Pipeline, device: torch.device) -> nn.Module:
+def round_off(module: nn.Module, settings: Pipeline, device: torch.device, guesses: bool = False) -> nn.Module:
     """Make the module's forward, in place, one under autocast. Not to be deep-copied afterwards: a copy would run this
-    one's layers."""
-    if settings.autocast in DTYPES:
-        module.forward = rounded(module.forward, settings, device)
+    one's layers.
+
+    guesses: it is a part of a predictor, whose guess may be a gradient, to be compared and learnt from: what cannot be
+    done with a scaled one, so in float16 such a part is left as it is.
+    """
+    if settings.autocast not in DTYPES or (guesses and settings.autocast == "float16"):
+        return module
+    run = rounded(module.forward, settings, device)
+    module.forward = scaled(module, run) if settings.autocast == "float16" else run
     return module
 
 

@@ -51,8 +51,10 @@ class Pipeline:
         low=1,
     )
     device: str = setting("auto", "auto (the GPU of LOCAL_RANK if there is one), cpu, cuda", local=True)
-    autocast: Literal["off", "bfloat16"] = setting(
-        "off", "bfloat16: layers, predictors and the loss under torch.autocast; between them all stays float32"
+    autocast: Literal["off", "bfloat16", "float16"] = setting(
+        "off",
+        "layers, predictors and the loss under torch.autocast; between them all stays float32. float16, for GPUs that "
+        "have no bfloat16: gradients go back scaled, predictors stay float32",
     )
     compile: bool = setting(
         False,

@@ -62,6 +62,11 @@ class Config:
                 f"pipeline.boundaries = {list(boundaries)} cuts {len(boundaries) + 1} stages, but pipeline.stages = "
                 f"{pipeline.stages}: give one boundary fewer than stages"
             )
+        if pipeline.compile and pipeline.autocast == "float16":
+            raise ConfigError(
+                "pipeline.compile = true with pipeline.autocast = float16: gradients cannot be scaled within a "
+                "compiled graph; use bfloat16 or leave pipeline.compile at false"
+            )
         rules = {name for _, name in phases(self.rule)}
         if rules == {"wait"} and pipeline.window not in ("auto", 1):
             raise ConfigError(

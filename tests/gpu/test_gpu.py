@@ -230,6 +230,7 @@ def test_a_run_learns_what_it_learns_on_a_cpu(tmp_path: Path, kind: str) -> None
     "more",
     [
         {"pipeline__autocast": "bfloat16"},
+        {"pipeline__autocast": "float16"},
         {"pipeline__compile": "true"},
         {"wire__activations": "int8", "wire__gradients": "bfloat16"},
     ],
