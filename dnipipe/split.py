@@ -27,6 +27,10 @@ from dnipipe.errors import SplitError
 from dnipipe.predictors import Edge
 
 REPEATS = 6  # measurements of a layer
+LEAST, WORTH = 0.25, 1.1  # of balance
+INFINITE = float("inf")
+
+Cost = Callable[[range, bool], float]  # (layers of a stage, whether it is the last one) -> seconds of a batch, or inf
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,10 @@ def plan(
     costs = _Costs(*_measure(model, x, device, prepare), y, classes, functools.cache(work))
     trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in model]
-    cost = costs.of if by_time else lambda layers, last: float(sum(parameters[layer] for layer in layers))
+    cost: Cost = costs.of if by_time else lambda layers, last: float(sum(parameters[layer] for layer in layers))
     made = Plan(
         layers=tuple(layers),
-        boundaries=tuple(boundaries) or balance(cost, trainable, stages),
+        boundaries=tuple(boundaries) or balance(cost, trainable, stages, costs.own if by_time else None),
         seconds=(),
         parameters=tuple(parameters),
         shapes=tuple(tuple(h.shape) for h in costs.outputs),
@@ -138,36 +142,51 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def balance(cost: Callable[[range, bool], float], trainable: Sequence[bool], stages: int) -> tuple[int, ...]:
+def balance(cost: Cost, trainable: Sequence[bool], stages: int, work: Cost | None = None) -> tuple[int, ...]:
     """Boundaries that make the most costly stage as cheap as possible, each stage having something to train.
 
-    cost: of a stage of these layers, and whether it is the last one.
+    cost: of a stage of these layers, and whether it is the last one. work: the part of it that is its layers' own. A
+    stage with next to none of that does little but predict, and learns badly (an embedding by itself: learning.md); so
+    none has less than a quarter of an equal share, if that makes the most costly one dearer by a tenth at most.
+    """
+    cut, most = _cheapest(cost, trainable, stages)
+    if cut is None:
+        raise SplitError(
+            f"{stages} stages, but only {sum(trainable)} layers have parameters to train, and each stage needs one: "
+            f"use at most {sum(trainable)} stages"
+        )
+    if work is None:
+        return cut
+    least = LEAST * work(range(len(trainable)), True) / stages
+    fuller, dearer = _cheapest(
+        lambda layers, last: cost(layers, last) if work(layers, last) >= least else INFINITE, trainable, stages
+    )
+    return fuller if fuller is not None and dearer <= WORTH * most else cut
+
+
+def _cheapest(cost: Cost, trainable: Sequence[bool], stages: int) -> tuple[tuple[int, ...] | None, float]:
+    """(boundaries, the cost of the most costly stage); None if there are none of finite cost.
+
     Exact, by dynamic programming over (stages, layers): O(K n²) stages are looked at.
     """
     n = len(trainable)
-    infinite = float("inf")
     # best[k][j]: the most costly of k stages made of the first j layers; back[k][j]: where the k-th of them starts
-    best = [[infinite] * (n + 1) for _ in range(stages + 1)]
+    best = [[INFINITE] * (n + 1) for _ in range(stages + 1)]
     back = [[0] * (n + 1) for _ in range(stages + 1)]
     best[0][0] = 0.0
     for k in range(1, stages + 1):
         for j in range(k, n + 1):
             for i in range(k - 1, j):
-                if not any(trainable[i:j]) or best[k - 1][i] == infinite:
+                if not any(trainable[i:j]) or best[k - 1][i] == INFINITE:
                     continue
                 most = max(best[k - 1][i], cost(range(i, j), k == stages))
                 if most < best[k][j]:
                     best[k][j], back[k][j] = most, i
-    if best[stages][n] == infinite:
-        raise SplitError(
-            f"{stages} stages, but only {sum(trainable)} layers have parameters to train, and each stage needs one: "
-            f"use at most {sum(trainable)} stages"
-        )
     cut, j = [], n
     for k in range(stages, 1, -1):
         j = back[k][j]
         cut.append(j)
-    return tuple(reversed(cut))
+    return (None if best[stages][n] == INFINITE else tuple(reversed(cut))), best[stages][n]
 
 
 def part(model: nn.Module, made: Plan, stage: int) -> nn.Sequential:
@@ -198,6 +217,10 @@ class _Costs:
         work = Work() if last else self.work(Edge(self.shapes[layers[-1]], self.y, self.shapes[-1], self.classes))
         there, back = (sum(seconds[layer] for layer in layers) for seconds in (self.forwards, self.backwards))
         return work.forwards * there + work.backwards * back + work.seconds
+
+    def own(self, layers: range, last: bool) -> float:
+        """Once forward and back, whatever the rule: what there is of layers."""
+        return sum(self.forwards[layer] + self.backwards[layer] for layer in layers)
 
 
 def _measure(

@@ -70,6 +70,23 @@ def test_stages_before_the_last_count_what_their_rule_adds(monkeypatch: pytest.M
     assert asked == [Edge((6, 8), (6,), (6, 8), 8)]  # once, for all edges are alike
 
 
+@pytest.mark.parametrize(
+    ("dearer", "expected"),
+    [
+        (1.09, (2, 3)),  # a stage that has next to no layers is avoided
+        (1.11, (1, 2)),  # but not at any price
+    ],
+)
+def test_no_stage_has_next_to_no_layers_if_that_costs_a_tenth_at_most(dearer: float, expected: tuple[int, ...]) -> None:
+    own = [0.1, 1.0, 1.0, 1.0]  # an embedding and three blocks
+
+    def cost(layers: range, last: bool) -> float:
+        return {range(0, 1): 0.5, range(0, 2): dearer}.get(layers, 0.5 * len(layers) if last else 1.0)
+
+    assert balance(cost, [True] * 4, 3) == (1, 2)
+    assert balance(cost, [True] * 4, 3, lambda layers, last: sum(own[layer] for layer in layers)) == expected
+
+
 def test_a_plan_describes_every_edge_and_survives_json() -> None:
     made = plan(model(), 3, [2, 4], X, Y, 3)
     assert [list(made.layers_of(k)) for k in range(3)] == [[0, 1], [2, 3], [4, 5]]
