@@ -73,6 +73,7 @@ def _measure(study: Study, hosts: int, folder: Path, records: list[Record]) -> N
 
 
 def _write(records: Sequence[Record], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     text = tables(records)
     pictures = "".join(f"\n![{name}]({name})\n" for name in draw(plots(records), folder))
     (folder / "README.md").write_text(text + pictures)

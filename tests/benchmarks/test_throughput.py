@@ -121,6 +121,11 @@ def test_what_only_emulated_links_have_is_refused_elsewhere(
     assert f"--links {links}: its links are as they are" in capsys.readouterr().err
 
 
+def test_a_table_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--table", "--out", str(tmp_path / "new")]) == 0
+    assert "Nothing has been measured yet." in capsys.readouterr().out
+
+
 def test_a_rank_that_fails_ends_all_and_says_why() -> None:
     with pytest.raises(RunFailed, match=r"rank \d: .*no such schedule"):
         Here().run([Order("no such schedule", 2, sleep=0.001, seconds=0.1)] * 2, Link())
