@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import checkpoint, gloo, metrics, result
+from dnipipe import checkpoint, config, gloo, metrics, result
 from dnipipe.building import (
     Job,
     build_stage,
@@ -199,14 +199,14 @@ def conclude(job: Job, task: Task, agreed: Agreement, head: Head) -> None:
 def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreement:
     """What stage 0 decides; its data, which only it has, goes into `tasks`. Makes the run's folder."""
     settings, task = job.config, job.task()
-    x, y = first_batch(task)
-    plan = plan_for(job, model, x, y, task.classes)
-    tasks.append(replace(task, classes=plan.classes))
-    total = total_batches(settings, task)
     folder = Path(settings.output.run)
     if not resume:
         check_unused(folder)
-    start = checkpoint.newest(folder).batch if resume else 0
+    found = checkpoint.newest(folder) if resume else None
+    x, y = first_batch(task)
+    plan = plan_for(_cut_as(found, job, model), model, x, y, task.classes)
+    tasks.append(replace(task, classes=plan.classes))
+    total, start = total_batches(settings, task), found.batch if found else 0
     if start >= total:
         raise ConfigError(
             f"the checkpoint in {folder} is at batch {start} and the run ends at {total}: "
@@ -220,6 +220,21 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
     elif not resume:
         safetensors.torch.save_file(_whole(model), folder / INITIAL)
     return Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
+
+
+def _cut_as(found: checkpoint.Checkpoint | None, job: Job, model: nn.Module) -> Job:
+    """Without boundaries a run goes on cut as it was, if in as many stages: its predictors stand where the cuts are.
+
+    A balance measured anew, or for another rule, might cut elsewhere, and what they have learnt would be lost.
+    """
+    pipeline, names = job.config.pipeline, [name for name, _ in model.named_children()]
+    if found is None or pipeline.boundaries or found.stages != pipeline.stages:
+        return job
+    lasts = [part.boundary for part in found.parts[:-1]]
+    if not set(lasts) <= set(names):
+        return job  # of another model, which is said when it is loaded
+    cut = tuple(names.index(last) + 1 for last in lasts)
+    return replace(job, config=config.replace(job.config, pipeline={"boundaries": cut}))
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:

@@ -165,6 +165,30 @@ def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_pa
     assert steps == {2 * (20 + 10)}  # of its optimizer: two lessons a batch in both stretches, at once and from g
 
 
+@pytest.mark.parametrize(("stages", "cut"), [(3, ["0", "3", ""]), (2, None)])
+def test_a_run_goes_on_cut_as_it_was_if_in_as_many_stages(stages: int, cut: list[str] | None, tmp_path: Path) -> None:
+    """Its predictors stand where the cuts are."""
+
+    def run(stages: int | list[int], epochs: int, resume: Path | None = None) -> Path:
+        torch.manual_seed(1)
+        net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+        ours = {"transport": {"kind": "local"}, "output": {"dir": str(tmp_path), "quiet": True}}
+        made = dnipipe.Run(
+            net, stages=stages, loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-3), **ours
+        )
+        made.fit(batches(), epochs=epochs, resume=resume)
+        assert made.folder is not None
+        return made.folder
+
+    def boundaries(folder: Path) -> list[str]:
+        return [part.boundary for part in checkpoint.newest(folder).parts]
+
+    first = run([1, 4], 1)  # which no balance would choose
+    assert boundaries(first) == ["0", "3", ""]
+    again = boundaries(run(stages, 2, resume=first))
+    assert again == cut or (cut is None and again == ["2", ""])
+
+
 def test_another_kind_of_predictor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(run, train__batches=5)
