@@ -33,12 +33,16 @@ class _Scale:
     value: Tensor
 
 
-class _Up(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, scale: _Scale) -> Tensor:
-        ctx.scale = scale
-        return h.view_as(h)
+class _Same(torch.autograd.Function):
+    """Its input as it is; what becomes of a gradient is the subclasses' business."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: _Scale) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+
+class _Up(_Same):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -47,12 +51,7 @@ class _Up(torch.autograd.Function):
         return g * ctx.scale.value, None
 
 
-class _Down(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: _Scale) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
+class _Down(_Same):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
