@@ -10,19 +10,26 @@ from dataclasses import replace
 from benchmarks.cells import ROOT
 from benchmarks.command import add_options, carry_out
 from benchmarks.learning.report import LearningStudy
-from benchmarks.learning.study import OF_BLEND, QUICK, Axes
+from benchmarks.learning.study import OF_BLEND, OF_LESSONS, QUICK, Axes
 
 RESULTS = ROOT / "benchmarks" / "learning" / "results"
-OF_BLEND_RESULTS = RESULTS.with_name("blend")
-QUICK_RESULTS = ROOT / "runs" / "learning-quick"
+STUDIES = {  # besides the whole grid: the word that asks for it, what it crosses, where it goes
+    "quick": (QUICK, ROOT / "runs" / "learning-quick"),
+    "blend": (OF_BLEND, RESULTS.with_name("blend")),
+    "lessons": (OF_LESSONS, RESULTS.with_name("lessons")),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
     full = Axes()
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="under five minutes, to see that it works: no comparison")
-    kind.add_argument("--blend", action="store_true", help="what each of the settings that blend begins with brings")
+    for name, told in (
+        ("quick", "under five minutes, to see that it works: no comparison"),
+        ("blend", "what each of the settings that blend begins with brings"),
+        ("lessons", "what each lesson of a synthetic gradient's head brings"),
+    ):
+        kind.add_argument(f"--{name}", action="store_const", const=name, dest="study", help=told)
     parser.add_argument("--task", nargs="+", dest="tasks", choices=full.tasks, help="a part of the grid")
     parser.add_argument("--rules", nargs="+", choices=full.rules, metavar="RULE", help=" | ".join(full.rules))
     parser.add_argument("--stages", nargs="+", type=int, choices=full.stages)
@@ -30,14 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, choices=full.seeds)
     add_options(parser)
     options = parser.parse_args(arguments)
-    axes, results = (
-        (QUICK, QUICK_RESULTS) if options.quick else (OF_BLEND, OF_BLEND_RESULTS) if options.blend else (full, RESULTS)
-    )
+    axes, results = STUDIES.get(options.study, (full, RESULTS))
     named = {name: getattr(options, name) for name in ("tasks", "rules", "stages", "delays", "seeds")}
     parts = {name: tuple(n for n in getattr(axes, name) if n in chosen) for name, chosen in named.items() if chosen}
     if empty := [name for name, part in parts.items() if not part]:
-        parser.error(f"--{'blend' if options.blend else 'quick'} has no such {', '.join(empty)}: it runs {axes}")
-    study = LearningStudy(axes, replace(axes, **parts), options.quick)
+        parser.error(f"--{options.study} has no such {', '.join(empty)}: it runs {axes}")
+    study = LearningStudy(axes, replace(axes, **parts), options.study == "quick")
     return carry_out(parser, options, study, results)
 
 

@@ -7,7 +7,7 @@ the rate with the lowest loss   ─► a run for each number of stages and each 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.cells import Cell, Records
 
@@ -65,8 +65,20 @@ VARIANTS = {  # blend with one of the settings that it begins with as the other 
     "blend-no-stash": Rule((*BLEND, "--rule.stash", "false"), tuned_as="sync"),
     "blend-matching": Rule((*BLEND, "--predictor.matching", "0.1"), tuned_as="sync"),
 }
+LESSONS = {  # synthetic with another lesson for its head (dnipipe/lessons.py): what each of them brings
+    "synthetic-unmatched": ("--predictor.matching", "0"),  # its own loss alone teaches it
+    "synthetic-matching-0.1": ("--predictor.matching", "0.1"),
+    "synthetic-normalised": ("--predictor.normalise", "true"),
+    "synthetic-cosine": ("--predictor.cosine", "0.1"),
+    "synthetic-quarter": ("--predictor.rows", "0.25"),
+    "synthetic-steps-2": ("--predictor.steps", "2"),
+    "synthetic-replay-4": ("--predictor.replay", "4"),
+    "synthetic-lr-1e-3": ("--predictor.lr", "1e-3"),
+    "synthetic-lr-1e-2": ("--predictor.lr", "1e-2"),
+}
 MAIN = tuple(RULES)
 RULES |= VARIANTS
+RULES |= {name: Rule((*RECOMMENDED, *words), tuned_as="synthetic") for name, words in LESSONS.items()}
 IMAGES = {"linear": ("conv", "0"), "mlp": ("conv", "1")}  # predictor -> its kind and hidden layers for a CNN
 
 
@@ -135,6 +147,7 @@ class Axes:
 
 
 OF_BLEND = Axes(tasks=("mnist-cnn",), rules=("sync", "blend", *VARIANTS), stages=(STAGES,), delays=(2, 8))
+OF_LESSONS = replace(OF_BLEND, rules=("sync", "synthetic", *LESSONS))
 QUICK = Axes(rules=("sync", "local-1", "delayed", "synthetic"), stages=(4,), delays=(0, 8), seeds=(0,))
 
 

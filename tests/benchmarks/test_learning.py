@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cells import Records
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.report import LearningStudy
-from benchmarks.learning.study import OF_BLEND, QUICK, SEARCH, TASKS, VARIANTS, Axes
+from benchmarks.learning.study import LESSONS, OF_BLEND, OF_LESSONS, QUICK, SEARCH, TASKS, VARIANTS, Axes
 from benchmarks.plots import draw
 from tests.benchmarks.conftest import record
 
@@ -19,7 +19,13 @@ LM = replace(Axes(), tasks=("lm",))
 
 
 @pytest.mark.parametrize(
-    "study", [LearningStudy(), LearningStudy(OF_BLEND, OF_BLEND), LearningStudy(QUICK, QUICK, quick=True)]
+    "study",
+    [
+        LearningStudy(),
+        LearningStudy(OF_BLEND, OF_BLEND),
+        LearningStudy(OF_LESSONS, OF_LESSONS),
+        LearningStudy(QUICK, QUICK, quick=True),
+    ],
 )
 def test_every_cell_is_a_run_in_the_laboratory(study: LearningStudy, tmp_path: Path) -> None:
     cells = study.cells(Records(tmp_path))
@@ -40,17 +46,44 @@ def test_every_rule_has_the_same_budget(tmp_path: Path) -> None:
     assert all(cell.loaded.data.evaluate == "validation" and cell.loaded.train.seed == 0 for cell in searches)
 
 
-def test_each_variant_of_blend_differs_from_it_in_one_setting(tmp_path: Path) -> None:
-    study, records = LearningStudy(OF_BLEND, OF_BLEND), Records(tmp_path)
-    plain, *others = (study.cell("mnist-cnn", rule, 4, 2, 0, records).settings for rule in ("blend", *VARIANTS))
-    changed = [{name: value for name, value in other.items() if value != plain[name]} for other in others]
-    assert changed == [
-        {"rule.bp_lambda": 0.0},
-        {"rule.correction": 1.0},
-        {"rule.lookahead": 0},
-        {"rule.stash": False},
-        {"predictor.matching": 0.1},
-    ]
+@pytest.mark.parametrize(
+    ("axes", "plain", "changed"),
+    [
+        (
+            OF_BLEND,
+            "blend",
+            [
+                {"rule.bp_lambda": 0.0},
+                {"rule.correction": 1.0},
+                {"rule.lookahead": 0},
+                {"rule.stash": False},
+                {"predictor.matching": 0.1},
+            ],
+        ),
+        (
+            OF_LESSONS,
+            "synthetic",
+            [
+                {"predictor.matching": 0.0},
+                {"predictor.matching": 0.1},
+                {"predictor.normalise": True},
+                {"predictor.cosine": 0.1},
+                {"predictor.rows": 0.25},
+                {"predictor.steps": 2},
+                {"predictor.replay": 4},
+                {"predictor.lr": 1e-3},
+                {"predictor.lr": 1e-2},
+            ],
+        ),
+    ],
+)
+def test_each_variant_differs_from_its_rule_in_one_setting(
+    axes: Axes, plain: str, changed: list[dict[str, object]], tmp_path: Path
+) -> None:
+    study, records = LearningStudy(axes, axes), Records(tmp_path)
+    variants = VARIANTS if plain == "blend" else LESSONS
+    before, *others = (study.cell("mnist-cnn", rule, 4, 2, 0, records).settings for rule in (plain, *variants))
+    assert [{name: value for name, value in other.items() if value != before[name]} for other in others] == changed
 
 
 def searched(study: LearningStudy, records: Records, rule: str, losses: list[float | None]) -> None:
