@@ -141,7 +141,8 @@ def beside_of(settings: Config) -> Beside:
 def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, measured: StageMetrics) -> Stage:
     """Stage `index` of the plan, out of the whole model. Its predictor's initial weights depend on the seed alone."""
     settings, device = job.config, device_of(job.config)
-    module = round_off(split.part(model, plan, index).to(device), settings.pipeline, device)
+    # whatever the user, or an evaluation of a run before this one, left its layers in
+    module = round_off(split.part(model, plan, index).to(device).train(), settings.pipeline, device)
     if compiled := settings.pipeline.compile:
         dtype, shape = plan.h(index - 1) if index else (plan.x_dtype, plan.x)
         compile_forward(module, torch.zeros(shape, dtype=getattr(torch, dtype), device=device))

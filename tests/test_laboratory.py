@@ -231,6 +231,16 @@ def test_ones_own_model_in_a_session_without_a_script(tmp_path: Path) -> None:
     assert loss == pytest.approx(told["eval"]["loss"], rel=1e-5)
 
 
+def test_layers_train_in_training_mode_whatever_they_were_left_in(tmp_path: Path) -> None:
+    """By their user, or by the evaluation at the end of the fit before."""
+    run = a_run(tmp_path, nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), nn.Linear(6, 6), nn.Linear(6, 3))
+    run._model.eval()
+    for fits in (1, 2):
+        run.fit(batches(), batches()[:2])
+        counted = run.model().state_dict()["0.1.num_batches_tracked"].item()
+        assert counted == fits * len(batches())
+
+
 def test_a_stage_that_fails_is_the_reason_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path, nn.Linear(8, 16), nn.Linear(16, 16), Failing(16, 3))
     with pytest.raises(SystemExit) as end:
