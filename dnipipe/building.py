@@ -162,7 +162,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         ),
         measured,
         loss=job.loss,
-        stop_on_nan=settings.train.on_nan == "stop",
+        skips_nan=settings.train.on_nan == "skip",
         seed=settings.train.seed,
         first_layer=plan.layers_of(index)[0],
         beside=beside_of(settings),
@@ -208,7 +208,8 @@ def _learner(job: Job, edge: Edge, seed: int) -> Learner:
     for part in predictor.children():
         round_off(part, settings.pipeline, device, guesses=True)
     lessons = Replay(settings.predictor.replay, settings.predictor.steps)
-    return Learner(predictor.to(device), settings.predictor.lr, lessons, settings.predictor.rows)
+    careful = settings.train.on_nan == "skip"
+    return Learner(predictor.to(device), settings.predictor.lr, lessons, settings.predictor.rows, careful)
 
 
 def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dnipipe.beside import NOWHERE, Beside, Done
 from dnipipe.errors import NonFiniteLoss
+from dnipipe.finite import CURES
 from dnipipe.gradient_rules import GradientRule, Skip, Use
 from dnipipe.predictors import Loss, loss_terms
 
@@ -75,10 +76,7 @@ class LossGradient(GradientRule):
 
 def _stop_unless_finite(batch: int, value: Tensor) -> None:
     if not torch.isfinite(value):
-        raise NonFiniteLoss(
-            f"the loss is {value.item()} at batch {batch}: lower optimizer.lr, set optimizer.clip, "
-            "or go on without such batches with train.on_nan = skip"
-        )
+        raise NonFiniteLoss(f"the loss is {value.item()} at batch {batch}: {CURES}")
 
 
 def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dnipipe.finite import finite
 from dnipipe.lessons import Replay
 from dnipipe.optim import in_one_kernel
 from dnipipe.predictors import Predictor
@@ -19,14 +20,22 @@ class Learner:
         lr: of the Adam.
         replay: what an arriving gradient is learnt from with.
         rows: the share of its samples that is; the first ones, since batches are shuffled.
+        careful: learn nothing from a guess that is not finite, which on a GPU has to be waited for.
     """
 
-    def __init__(self, predictor: Predictor, lr: float, replay: Replay | None = None, rows: float = 1.0) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        lr: float,
+        replay: Replay | None = None,
+        rows: float = 1.0,
+        careful: bool = False,
+    ) -> None:
         self.predictor = predictor
         self.adam = in_one_kernel(torch.optim.Adam, predictor.parameters(), lr=lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
         self.replay = replay or Replay()
-        self.rows = rows
+        self.rows, self.careful = rows, careful
 
     def guess(self, h: Tensor, y: Tensor) -> Tensor:
         """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
@@ -36,8 +45,11 @@ class Learner:
         h = h.detach().requires_grad_()
         loss = self.predictor.own_loss(h, y)
         assert loss is not None, "a predictor does one of the two"
-        self.descend(loss, [*self.parameters, h])
+        loss.backward(inputs=[*self.parameters, h])  # type: ignore[no-untyped-call]
         assert h.grad is not None
+        if not self.careful or finite(h.grad):
+            self.adam.step()
+        self.adam.zero_grad()
         return h.grad
 
     def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
@@ -52,13 +64,9 @@ class Learner:
         lesson = self.replay.lesson(h, y, g)
         for _ in range(self.replay.steps):
             losses = [weight * self.predictor.loss(*batch) for weight, *batch in lesson]
-            self.descend(torch.stack(losses).sum(), self.parameters)
-
-    def descend(self, loss: Tensor, inputs: list[Tensor]) -> None:
-        """One step on this loss (0-dim), which is backpropagated to `inputs` and no further."""
-        loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
-        self.adam.step()
-        self.adam.zero_grad()
+            torch.stack(losses).sum().backward(inputs=self.parameters)  # type: ignore[no-untyped-call]
+            self.adam.step()
+            self.adam.zero_grad()
 
 
 __all__ = ["Learner"]

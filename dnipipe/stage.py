@@ -35,6 +35,7 @@ from torch.func import functional_call
 
 from dnipipe.beside import NOWHERE, Beside
 from dnipipe.errors import MessageError, NonFiniteLoss
+from dnipipe.finite import CURES, Buffers, finite
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 from dnipipe.last_stage import score
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
@@ -46,6 +47,7 @@ from dnipipe.randomness import reseed
 from dnipipe.stash import Graphs, Stash
 
 POISONED = "activation not finite"  # why a batch is skipped, and the next stage never sees it
+SPOILT = "gradient not finite"
 
 
 class Stage:
@@ -57,7 +59,8 @@ class Stage:
         rule: where the gradient comes from; the loss itself (LossGradient) in the last stage.
         descent: the optimizer of the module's parameters, and when it steps.
         loss: of the model, for evaluation; used by the last stage only.
-        stop_on_nan: raise NonFiniteLoss for a NaN or infinity that a neighbour sent, or else learn nothing from it.
+        skips_nan: learn nothing from a NaN or infinity that came or that a batch turns into here; or else raise
+            NonFiniteLoss for one that a neighbour sent.
         seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
         beside: how what comes is brought to the device that the module is on.
         graphs: how many may be kept, where the rule has weights stashed; none if it is left out.
@@ -73,7 +76,7 @@ class Stage:
         metrics: StageMetrics,
         *,
         loss: Loss,
-        stop_on_nan: bool = True,
+        skips_nan: bool = False,
         seed: int = 0,
         first_layer: int = 0,
         beside: Beside = NOWHERE,
@@ -82,7 +85,7 @@ class Stage:
         self.index, self.stages = index, stages
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
         self.loss, self.seed, self.first_layer, self.beside = loss, seed, first_layer, beside
-        self.graphs, self.stop_on_nan = graphs or Graphs(), stop_on_nan
+        self.graphs, self.skips_nan = graphs or Graphs(), skips_nan
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
@@ -127,9 +130,8 @@ class Stage:
         batch, y = message.batch, self.beside.bring(message.y)
         self._check_order(batch)
         self.last_batch = batch
-        if self.index > 0 and not self._usable(message.x, batch, "activation"):
-            yield from self._skip(batch, POISONED)
-            self.metrics.trained(batch, y.shape[0], at_once=False)
+        if (self.index or self.skips_nan) and not self._usable(message.x, batch, "activation"):
+            yield from self._leave(batch, y, POISONED)
             return
         self._mode(training=True)
         rule = self.rule.at(batch)
@@ -138,13 +140,22 @@ class Stage:
             self.descent.lean(self.late)
             stash = None if rule.stash is None or self.last else Stash(self.module)
         held = stash if self.graphs.room else None  # the weights under a graph that may wait
+        buffers = Buffers(self.module) if self.skips_nan else None
         with self.metrics.clock.span("forward"):
             h = self._forward(batch, x, stash, held)  # 1
         out = h.detach()
+        if buffers and not finite(out):
+            buffers.put_back()
+            if not self.last:  # the last one sees it by the loss
+                self.descent.stand()
+                yield from self._leave(batch, y, "output not finite")
+                return
         if not self.last:
             yield Activation(batch, out, y)  # 2
         with self._rule_now:
             use = rule.now(batch, out, y)  # 3
+        if isinstance(use, Use) and self.skips_nan and not finite(use.g):
+            use = Skip(SPOILT)
         skip, use = (use, None) if isinstance(use, Skip) else (None, use)
         done = skip or (use and use.update and use.send and not rule.again)
         updates = self.updates
@@ -182,7 +193,7 @@ class Stage:
         self.graphs.kept -= pending.graph is not None
         why = "the link was full" if message.full else "no gradient came"
         if message.g is not None and not self._usable(message.g, batch, "gradient"):
-            g, why = None, "gradient not finite"
+            g, why = None, SPOILT
         rule = self.rule.at(batch)
         late = self.late = self.updates - pending.updates
         if g is not None:
@@ -205,17 +216,14 @@ class Stage:
             raise MessageError(f"stage {self.index} received batch {batch} after batch {self.last_batch}")
 
     def _usable(self, tensor: Tensor, batch: int, what: str) -> bool:
-        """Whether what a neighbour sent is finite throughout. Raises NonFiniteLoss if anything else stops the run."""
+        """Whether what came is finite throughout. Raises NonFiniteLoss if anything else stops the run."""
         with self.beside:
-            # one pass and no copy; a sum that is not finite may also be one that is too large
-            if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
-                return True
-        if self.stop_on_nan:
+            usable = finite(tensor)
+        if not usable and not self.skips_nan:
             raise NonFiniteLoss(
-                f"the {what} that came to stage {self.index} holds NaN or infinity in batch {batch}: lower "
-                "optimizer.lr, set optimizer.clip, or go on without such batches with train.on_nan = skip"
+                f"the {what} that came to stage {self.index} holds NaN or infinity in batch {batch}: {CURES}"
             )
-        return False
+        return usable
 
     def _apply(
         self, batch: int, x: Tensor, h: Tensor, use: Use, late: int = 0, stash: Stash | None = None, again: bool = False
@@ -252,6 +260,11 @@ class Stage:
             yield Gradient(batch, pending.back if missed is None else pending.back + mend.bp_lambda * missed)
         with self.metrics.clock.span("optimizer"):
             self.descent.join(list(named.values()), found, mend.weight, mend.age, self.last_batch)
+
+    def _leave(self, batch: int, y: Tensor, why: str) -> Iterator[Message]:
+        """A batch that goes no further than this stage."""
+        yield from self._skip(batch, why)
+        self.metrics.trained(batch, y.shape[0], at_once=False)
 
     def _skip(self, batch: int, why: str, answered: bool = False) -> Iterator[Message]:
         """Nothing is learnt from this batch here, and the stage before is told so if it still waits."""

@@ -85,8 +85,7 @@ class UnlockedStage(Stage):
         self.last_batch = message.batch
         if not self.last:
             self.left_out.add(message.batch)
-        yield from self._skip(message.batch, "not drawn")
-        self.metrics.trained(message.batch, message.y.shape[0], at_once=False)
+        yield from self._leave(message.batch, message.y, "not drawn")
 
 
 __all__ = ["UnlockedStage"]

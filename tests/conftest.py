@@ -97,7 +97,7 @@ def make_stages(
         stepping = {name: value for name, value in options.items() if name in STEPPING}
         descent = Descent(optimizer(list(module.parameters())), **stepping)  # type: ignore[arg-type]
         stop = bool(options.get("stop", True))
-        made.append(kind(k)(k, count, module, own, descent, metrics, loss=loss, stop_on_nan=stop, **ours))
+        made.append(kind(k)(k, count, module, own, descent, metrics, loss=loss, skips_nan=not stop, **ours))
     return made
 
 

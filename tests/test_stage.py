@@ -371,8 +371,63 @@ def test_a_loss_that_is_not_finite_stops_or_skips() -> None:
     line.feed(Activation(1, bad, y))
     line.run()
     assert [stage.updates for stage in stages] == [0, 0, 0]
-    assert [dict(stage.metrics.skipped) for stage in stages] == [{"no gradient came": 1}, {POISONED: 1}, {}]
+    assert [dict(stage.metrics.skipped) for stage in stages] == [{POISONED: 1}, {}, {}]
     assert all(stage.in_flight == 0 for stage in stages)
+
+
+class Spoils(nn.Module):
+    """While it is armed it lets nothing through but infinity, as a layer does that overflows."""
+
+    armed = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + float("inf") if self.armed else h
+
+
+def careful(k: int) -> Learner:
+    torch.manual_seed(k)
+    return Learner(VFBN(nn.Linear(12 - 2 * k, 3), F.cross_entropy, 0.1), 3e-3, careful=True)
+
+
+@pytest.mark.parametrize(("at", "why"), [(0, "output not finite"), (1, "output not finite"), (2, "loss not finite")])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda k: Synthetic(careful(k)),
+        lambda k: Blend(careful(k), 0.5, bp_lambda=1.0, stash=True),
+        lambda k: Local(careful(k)),
+        lambda k: Wait(),
+    ],
+)
+def test_a_batch_that_turns_into_infinity_leaves_no_trace(
+    at: int, why: str, rule: Callable[[int], GradientRule]
+) -> None:
+    modules, spoils = layers(), Spoils()
+    modules[at] = nn.Sequential(spoils, modules[at])  # before its BatchNorm
+    line = Line(make_stages(modules, rule, SGD, stop=False))
+    for batch, (x, y) in enumerate(blobs(6), start=1):
+        spoils.armed = batch == 3
+        line.feed(Activation(batch, x, y))
+        line.run()
+    for stage in line.stages:
+        assert all(tensor.isfinite().all() for tensor in stage.module.state_dict().values())
+        learnt = stage.rule.learner
+        assert learnt is None or all(weights.isfinite().all() for weights in learnt.parameters)
+    assert line.stages[at].metrics.skipped == {why: 1} and line.stages[2].updates == 5
+
+
+def test_a_prediction_that_is_not_finite_teaches_nothing() -> None:
+    stages = make_stages(layers(), lambda k: Synthetic(careful(k)), SGD, stop=False)
+    x, y = next(blobs(1))
+    learner = stages[0].rule.learner
+    assert learner is not None
+    sound = learner.predictor.task_loss  # type: ignore[attr-defined]
+    learner.predictor.task_loss = lambda h, y: sound(h, y) * float("nan")  # type: ignore[attr-defined]
+    learning = [*stages[0].module.parameters(), *learner.parameters]
+    before = copy.deepcopy(learning)
+    assert [type(out) for out in stages[0].handle(Activation(1, x, y))] == [Activation]
+    assert stages[0].metrics.skipped == {"gradient not finite": 1}
+    assert all(torch.equal(kept, now) for kept, now in zip(before, learning, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
