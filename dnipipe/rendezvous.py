@@ -8,6 +8,7 @@ No port is configured by hand. Every wait has a limit, and a stage that fails te
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import tempfile
@@ -33,11 +34,11 @@ class Rendezvous:
         except (KeyError, ValueError) as error:
             raise ConfigError(f"not started by torchrun or dnipipe train: {error} is missing or wrong") from None
         self.incarnation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        self.timeout = timeout
+        self.timeout, self.number = timeout, 1
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.serves = self.rank == 0 and not agents  # the store lives in this process, and ends with it
         try:
-            store = TCPStore(
+            self._whole: Store = TCPStore(
                 self.master,
                 port,
                 is_master=self.serves,
@@ -46,7 +47,17 @@ class Rendezvous:
             )
         except DistError as error:
             raise WaitTimeout(f"rank {self.rank} waited {timeout:g} s for the store of the launcher: {error}") from None
-        self.store = PrefixStore(f"dnipipe/{self.incarnation}", store)
+        self.store = self._own_part()
+
+    def another(self, timeout: float) -> Rendezvous:
+        """The next one of the same processes: it hears nothing that was said in this one."""
+        made = copy.copy(self)
+        made.timeout, made.number = timeout, self.number + 1
+        made.store = made._own_part()
+        return made
+
+    def _own_part(self) -> Store:
+        return PrefixStore(f"dnipipe/{self.incarnation}/{self.number}", self._whole)
 
     def agree(self, make: Callable[[], str]) -> str:
         """What stage 0 makes, for all. If making it fails there, the others raise PeerStopped at once."""

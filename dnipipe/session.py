@@ -79,7 +79,7 @@ def work(job: Job, resume: bool = False) -> Path:
     Raises DnipipeError when the run cannot go on.
     """
     settings = job.config
-    meeting = Rendezvous(settings.transport.timeout)
+    meeting = _met(settings.transport.timeout)
     if meeting.world != settings.pipeline.stages:
         raise ConfigError(
             f"{meeting.world} processes were started, but pipeline.stages = {settings.pipeline.stages}: "
@@ -252,6 +252,14 @@ def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
 
 
 # -- connecting --------------------------------------------------------------------------------------------------
+
+
+_meetings: list[Rendezvous] = []  # the last of this process: under torchrun a script may fit more than once
+
+
+def _met(timeout: float) -> Rendezvous:
+    _meetings[:] = [_meetings[-1].another(timeout) if _meetings else Rendezvous(timeout)]
+    return _meetings[-1]
 
 
 def _hellos(meeting: Rendezvous, settings: Config, agreed: Agreement) -> dict[Side, Hello]:

@@ -317,8 +317,11 @@ summary = run.fit(loader, loader, epochs=20)
 trained = run.model().eval()
 loss = F.cross_entropy(trained(x), y).item()
 same = abs(loss - summary["eval"]["loss"]) < 1e-5
-train = summary["train"]
-sys.stdout.write(f"after {train['batches']} {train['samples']} {same} {loss < 0.9}\\n")  # in one piece: others write
+train, first = summary["train"], run.folder
+again = run.fit(loader, loader)["train"]["batches"]  # in a folder of its own, in the same processes or in new ones
+other = run.folder != first
+# in one piece, since others write too
+sys.stdout.write(f"after {train['batches']} {train['samples']} {same} {loss < 0.9} {again} {other}\\n")
 """
 
 
@@ -329,4 +332,4 @@ def test_a_users_own_model_runs_as_a_script_and_under_torchrun(tmp_path: Path, l
     process = start(str(script), str(tmp_path / "runs"), program=launcher)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
-    assert out.count("after 60 1800 True True") == (3 if launcher else 1), out + err
+    assert out.count("after 60 1800 True True 3 True") == (3 if launcher else 1), out + err

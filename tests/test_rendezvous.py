@@ -109,6 +109,17 @@ def test_a_store_that_nobody_made_is_a_timeout(meet: Meet) -> None:
             meet(1, timeout=0.3, MASTER_PORT=str(unused.getsockname()[1]))
 
 
+def test_another_one_hears_nothing_of_the_one_before(meet: Meet) -> None:
+    """Two fits of a script under torchrun."""
+    both = meet(0), meet(1)
+    both[0].publish("word", "hello")
+    later = [meeting.another(0.3) for meeting in both]
+    with pytest.raises(WaitTimeout):
+        later[1].get("word", "stage 0")
+    later[0].publish("word", "again")
+    assert (later[1].get("word", "stage 0"), both[1].get("word", "stage 0")) == ("again", "hello")
+
+
 def test_without_an_agents_store_rank_0_makes_it(meet: Meet) -> None:
     """As under torchrun's static rendezvous."""
     with socket.socket() as probe:
