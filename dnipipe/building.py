@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -61,7 +61,12 @@ class Job:
 
 
 def first_batch(task: Task) -> tuple[Tensor, Tensor]:
-    """The batch that is measured; drawing it leaves torch's random state as it was."""
+    """The batch that is measured; drawing it leaves torch's random state as it was.
+
+    Raises DataError if there is none, to train on or to evaluate on.
+    """
+    if isinstance(task.validation, Sized) and not len(task.validation):
+        raise DataError("the validation data has no batch: give it some, or leave it out")
     with torch.random.fork_rng():
         pair = next(iter(task.train), None)
     if pair is None:

@@ -121,6 +121,11 @@ class Head:
             self._asked += 1
             ids.append(self._asked)
             yield Evaluation(self._asked, x, y)
+        if ids == [-1]:
+            raise DataError(
+                f"the validation data has no batch after training batch {batch}: a generator is at its end after one "
+                "evaluation, so pass a list of batches, or a DataLoader"
+            )
         ids.remove(-1)
         self._score()
 

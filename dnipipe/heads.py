@@ -79,7 +79,7 @@ class Scores(nn.Linear):
     def among(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """h (..., features) and labels y -> scores (..., C) of C classes, and y as numbers of these.
 
-        Labels outside [0, classes) stay what they are: a loss that ignores an index still does.
+        Labels outside [0, classes) stay what they are.
         """
         known = (y >= 0) & (y < self.out_features)
         own, places = torch.unique(y[known], return_inverse=True)

@@ -14,7 +14,7 @@ from dnipipe.beside import NOWHERE, Beside, Done
 from dnipipe.errors import NonFiniteLoss
 from dnipipe.finite import CURES
 from dnipipe.gradient_rules import GradientRule, Skip, Use
-from dnipipe.predictors import Loss, loss_terms
+from dnipipe.predictors import Loss, class_axis, loss_terms
 
 
 class LossGradient(GradientRule):
@@ -80,13 +80,15 @@ def _stop_unless_finite(batch: int, value: Tensor) -> None:
 
 
 def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """(sum of losses, correct, loss terms, samples) as float64 (4,); correct is -1 where labels are no classes."""
+    """(sum of losses, correct, loss terms, samples) as float64 (4,); correct is -1 where labels are no classes of h's:
+    whole numbers may also be targets of their own (several labels a sample, bytes of an image, a count).
+    """
     terms = loss_terms(y)
     with torch.no_grad():
         total = loss(h, y).double() * terms
     correct = torch.tensor(-1.0)
-    if not y.is_floating_point():
-        axis = -1 if h.shape[:-1] == y.shape else 1
+    axis = class_axis(tuple(h.shape), tuple(y.shape))
+    if axis is not None and not y.is_floating_point():
         correct = (h.argmax(axis) == y).sum()
     return torch.tensor([total.item(), correct.item(), terms, y.shape[0]], dtype=torch.float64)
 

@@ -36,6 +36,16 @@ def loss_terms(y: Tensor) -> int:
     return y.shape[0] if y.is_floating_point() else y.numel()
 
 
+def class_axis(output: tuple[int, ...], y: tuple[int, ...]) -> int | None:
+    """Along which axis an output of this shape scores the classes that labels of this shape name: the last one, or 1 as
+    in F.cross_entropy. None: these are no class labels. A single score is none of a class.
+    """
+    if len(output) != len(y) + 1:
+        return None
+    axis = len(output) - 1 if output[:-1] == y else 1
+    return axis if output[axis] > 1 and (*output[:axis], *output[axis + 1 :]) == y else None
+
+
 class Predictor(nn.Module, ABC):
     """What a learner (learner.py) asks of a predictor. It either computes ĝ, or has a loss whose gradient ĝ is.
 

@@ -24,7 +24,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe.errors import SplitError
-from dnipipe.predictors import Edge
+from dnipipe.predictors import Edge, class_axis
 
 REPEATS = 6  # measurements of a layer
 LEAST, WORTH = 0.25, 1.1  # of balance
@@ -209,9 +209,8 @@ class _Costs:
     ) -> None:
         self.forwards, self.backwards, self.outputs, self.work = forwards, backwards, outputs, work
         self.shapes, self.y = [tuple(h.shape) for h in outputs], tuple(y.shape)
-        self.classes = classes
-        if classes is None and not y.is_floating_point() and len(self.shapes[-1]) == y.dim() + 1:
-            self.classes = self.shapes[-1][-1 if self.shapes[-1][:-1] == self.y else 1]
+        axis = None if y.is_floating_point() else class_axis(self.shapes[-1], self.y)
+        self.classes = self.shapes[-1][axis] if classes is None and axis is not None else classes
 
     def of(self, layers: range, last: bool) -> float:
         work = Work() if last else self.work(Edge(self.shapes[layers[-1]], self.y, self.shapes[-1], self.classes))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from dnipipe.config import build
 from dnipipe.data import Task
 from dnipipe.display import Display
+from dnipipe.errors import DataError
 from dnipipe.head import Head
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Stop
 from dnipipe.metrics import StageMetrics
@@ -50,6 +53,15 @@ def test_in_the_middle_of_an_evaluation(tmp_path: Path) -> None:
     assert kinds([next(script), next(script)]) == ["Checkpoint 2", "Stop 2"]
     head.take(Answer(2, torch.tensor([6.0, 1.0, 2.0, 2.0])))
     assert head.evaluation is None
+
+
+def test_validation_data_that_is_at_its_end_is_an_error(tmp_path: Path) -> None:
+    """A generator gives its batches once; the second evaluation finds none."""
+    head = a_head(tmp_path, validation=1)
+    head.task = replace(head.task, validation=iter(pairs(1)))
+    assert kinds([head.next() for _ in range(5)])[2:] == ["Evaluation 1", "Activation 3", "Activation 4"]
+    with pytest.raises(DataError, match=r"no batch after training batch 4: a generator .* pass a list of batches"):
+        head.next()
 
 
 def test_an_evaluation_that_goes_to_its_end_is_scored_over_all_samples(tmp_path: Path) -> None:

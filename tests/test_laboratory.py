@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,39 @@ def test_layers_train_in_training_mode_whatever_they_were_left_in(tmp_path: Path
         run.fit(batches(), batches()[:2])
         counted = run.model().state_dict()["0.1.num_batches_tracked"].item()
         assert counted == fits * len(batches())
+
+
+def several_labels(h: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(h, y.float().view_as(h))
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        lambda x: (x[:, :3] > 0).long(),  # several labels a sample
+        lambda x: (x[:, 0] > 0).long(),  # one, beside a single score
+        lambda x: (x[:, :1] > 0).long(),
+        lambda x: (x[:, :3] > 0).to(torch.uint8),
+    ],
+)
+def test_whole_numbers_that_name_no_class_have_a_loss_and_no_accuracy(
+    label: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    data = [(x, label(x)) for x, _ in batches()]
+    scores = 1 if data[0][1].dim() == 1 else data[0][1].shape[1]
+    run = a_run(tmp_path, nn.Linear(8, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 16)), nn.Linear(16, scores))
+    run._loss = several_labels
+    told = run.fit(data, data, epochs=30)
+    assert told["eval"]["loss"] < 0.5 and told["eval"]["accuracy"] is None
+
+
+def test_validation_data_without_a_batch_is_refused_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path, nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    with pytest.raises(SystemExit) as end:
+        run.fit(batches(), batches()[3:])
+    assert end.value.code == 2 and "the validation data has no batch" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_is_the_reason_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

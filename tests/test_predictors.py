@@ -11,7 +11,7 @@ from torch import Tensor
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
 from dnipipe.learner import Learner
-from dnipipe.predictors import VFBN, Edge, build, loss_terms
+from dnipipe.predictors import VFBN, Edge, build, class_axis, loss_terms
 from tests.conftest import blobs
 
 SAMPLES = Edge((6, 8), (6,), (6, 3), 3)
@@ -172,3 +172,20 @@ def test_without_labels_it_cannot_be_found() -> None:
 def test_what_does_not_fit_is_refused(settings: Settings, edge: Edge, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(settings, edge, loss)
+
+
+@pytest.mark.parametrize(
+    ("output", "y", "axis"),
+    [
+        ((8, 10), (8,), 1),
+        ((8, 6, 10), (8, 6), 2),  # tokens
+        ((8, 10, 6, 6), (8, 6, 6), 1),  # as F.cross_entropy takes them
+        ((8, 1), (8,), None),  # one score
+        ((8, 1), (8, 1), None),
+        ((8, 5), (8, 5), None),  # several labels a sample
+        ((8, 3, 4, 4), (8, 3, 4, 4), None),  # bytes of an image
+        ((8, 10), (4,), None),
+    ],
+)
+def test_which_axis_scores_classes(output: tuple[int, ...], y: tuple[int, ...], axis: int | None) -> None:
+    assert class_axis(output, y) == axis
