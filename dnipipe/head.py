@@ -42,7 +42,6 @@ class Head:
         self.evaluation: tuple[float, float | None] | None = None
         self.sample = ""
         self.interrupted = False
-        self.seconds = 0.0  # spent on training, evaluations set aside
         self.finals: dict[int, dict[str, float]] = {}
         self._board = TensorBoard(run / "tensorboard") if config.output.tensorboard else None
         self._saved: dict[int, set[int]] = defaultdict(set)
@@ -63,21 +62,16 @@ class Head:
 
     def script(self) -> Iterator[Message | None]:
         every_eval, every_save, saved = self.config.eval.every, self.config.checkpoint.every, self.start
-        now = self.metrics.clock.now
-        began = now()
         for batch, x, y in self._batches():
             if self.interrupted:
                 break
             self.batch = batch
             yield Activation(batch, x, y)
             if every_eval and batch % every_eval == 0 and batch < self.total:
-                stood = now()
                 yield from self._evaluate(batch)
-                began += now() - stood
             if every_save and batch % every_save == 0:
                 saved = batch
                 yield Checkpoint(batch)
-        self.seconds = now() - began
         if saved != self.batch:
             yield Checkpoint(self.batch)
         if not self.interrupted:

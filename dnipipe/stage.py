@@ -309,7 +309,7 @@ class Stage:
 
     def on_evaluation(self, message: Evaluation) -> Iterator[Message]:
         self._mode(training=False)
-        with self.metrics.clock.span("evaluation"), torch.no_grad():
+        with self.metrics.evaluating(), torch.no_grad():
             h = self.module(self.beside.bring(message.x))
             if self.last and message.y is not None:
                 h = score(h, self.beside.bring(message.y), self.loss)

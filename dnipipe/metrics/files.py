@@ -52,14 +52,16 @@ class TensorBoard:
 
 
 def summary(
-    rule: str, seconds: float, evaluation: tuple[float, float | None] | None, totals: Sequence[dict[str, float]]
+    rule: str, evaluation: tuple[float, float | None] | None, totals: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
     """summary.json: its keys are fixed; null where nothing was measured.
 
     Args:
-        seconds: spent on training, without evaluations. totals: those of stages 0 to K-1.
+        totals: those of stages 0 to K-1.
     """
     first = totals[0]
+    # a batch is trained when its last stage has trained it; of stages on their own, one may be older than this stage 0
+    seconds = max(stage["training_seconds"] for stage in totals if stage["batches"] <= first["batches"])
     loss, accuracy = evaluation or (None, None)
     return {
         "stages": len(totals),

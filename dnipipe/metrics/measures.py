@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -76,13 +78,34 @@ class StageMetrics:
         self._loss: Tensor | float = 0.0  # 0-dim sum since the last reading
         self._inputs: Tensor | float = 0.0  # (2,) sum since the last reading, of `unexplained`
         self._before = self.clock.seconds(), self.clock.processor()
+        self._began = self._until = self.clock.now()  # of the run; the last batch was trained
+        self._evaluations_took = 0.0  # those with a batch behind them
+        self._evaluating: tuple[float, float] | None = None  # from when to when, since the last batch
 
     def begin(self) -> None:
         """The run starts here: what lies before (waiting for the neighbours to come up) is nobody's time."""
         self.clock.restart()
         self._before = self.clock.seconds(), self.clock.processor()
+        self._began = self._until = self.clock.now()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around the forward of an evaluation. Between two of one evaluation there is no training to be measured."""
+        began = self._evaluating[0] if self._evaluating else self.clock.now()
+        with self.clock.span("evaluation"):
+            yield
+        self._evaluating = began, self.clock.now()
+
+    @property
+    def training_seconds(self) -> float:
+        """From the start to the last batch, evaluations left out."""
+        return self._until - self._began - self._evaluations_took
 
     def trained(self, batch: int, samples: int, at_once: bool = True) -> None:
+        self._until = self.clock.now()
+        if self._evaluating:
+            self._evaluations_took += self._evaluating[1] - self._evaluating[0]
+            self._evaluating = None
         self._lately.batches += 1
         self._lately.at_once += at_once
         self._lately.samples += samples
@@ -151,7 +174,7 @@ class StageMetrics:
         every = self._all + self._lately
         found = {**spending(self.clock.seconds(), self.clock.processor()), **every.means()}
         found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
-        found["peak_memory"] = peak_memory()
+        found |= {"training_seconds": self.training_seconds, "peak_memory": peak_memory()}
         counts = {"skipped": self.skipped, "dropped": self.dropped}
         found |= {f"{name}.{reason}": n for name, count in counts.items() for reason, n in list(count.items())}
         return _finite(found)

@@ -48,6 +48,7 @@ def over_the_wire(numbers: dict[str, float]) -> dict[str, float]:
 def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     time = Time()
     metrics = measured(time)
+    metrics.begin()
     with metrics.clock.span("wait_input"):
         time.passes(1)
     time.passes(3)
@@ -56,11 +57,11 @@ def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     metrics.skip("loss not finite")
     metrics.dropped["malformed"] += 2
     last = StageMetrics(2, 3, Clock(time, time)).totals()
-    made = summary("synthetic", 2.0, (1.5, None), [over_the_wire(metrics.totals()), over_the_wire(last)])
+    made = summary("synthetic", (1.5, None), [over_the_wire(metrics.totals()), over_the_wire(last)])
     write_json(tmp_path / "summary.json", made)
     told = strict((tmp_path / "summary.json").read_text())
     assert set(told) == {"stages", "rule", "train", "eval", "stage", "versions"}
-    assert told["train"] == {"batches": 1, "samples": 8, "seconds": 2.0, "samples_per_second": 4.0}
+    assert told["train"] == {"batches": 1, "samples": 8, "seconds": 4.0, "samples_per_second": 2.0}
     assert told["eval"] == {"loss": 1.5, "accuracy": None}
     first, second = told["stage"]
     assert (first["index"], first["batches"], first["busy_seconds"], first["idle_seconds"]) == (0, 1, 3, 1)
@@ -78,10 +79,21 @@ def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     assert told["versions"]["torch"] == torch.__version__ and told["versions"]["pyzmq"][0].isdigit()
 
 
+def test_a_batch_is_trained_when_its_last_stage_has_trained_it() -> None:
+    """With a window of a hundred batches stage 0 is through long before; a stage of its own may be older than it."""
+    first, slower = ({"batches": 90.0, "samples": 720.0, "training_seconds": seconds} for seconds in (1.0, 4.5))
+    older = {"batches": 500.0, "samples": 4000.0, "training_seconds": 20.0}
+    others = measured().totals()
+    told = [
+        summary("local", None, [others | stage for stage in run])["train"] for run in ((first, slower), (first, older))
+    ]
+    assert [(train["seconds"], train["samples_per_second"]) for train in told] == [(4.5, 160), (1, 720)]
+
+
 def test_a_diverged_or_unevaluated_run_has_a_summary_too(tmp_path: Path) -> None:
     totals = [measured().totals()]
-    diverged = summary("wait", 0.0, (float("nan"), float("inf")), totals)
-    assert diverged["eval"] == summary("wait", 0.0, None, totals)["eval"] == {"loss": None, "accuracy": None}
+    diverged = summary("wait", (float("nan"), float("inf")), totals)
+    assert diverged["eval"] == summary("wait", None, totals)["eval"] == {"loss": None, "accuracy": None}
     assert diverged["train"]["samples_per_second"] == 0
     write_json(tmp_path / "summary.json", diverged)
     strict((tmp_path / "summary.json").read_text())

@@ -203,3 +203,20 @@ def test_a_line_says_how_much_memory_the_process_has() -> None:
     held = torch.ones(2**24)  # 64 MiB
     assert 2**25 < measured().numbers(0, 1)["memory"] - before < 2**27
     del held
+
+
+def test_training_ends_with_the_last_batch_and_evaluations_are_no_part_of_it() -> None:
+    """b: a second of a batch, e: of an evaluation's forward, .: of a wait within it.    b b e . e b e e e"""
+    time = Time()
+    metrics = measured(time)
+    metrics.begin()
+    for what in "bbe.ebeee":
+        if what == "e":
+            with metrics.evaluating():
+                time.passes(1)
+            continue
+        time.passes(1)
+        if what == "b":
+            metrics.trained(1, 8)
+    totals = metrics.totals()
+    assert (totals["training_seconds"], totals["seconds.evaluation"], totals["seconds"]) == (3, 5, 9)
