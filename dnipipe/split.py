@@ -248,8 +248,9 @@ def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, float, Tensor]:
     x = x.detach()
     if x.is_floating_point():
         x.requires_grad_()
+    given = x.clone()  # a layer may write into its input
     started = lap(x)
-    h = layer(x)
+    h = layer(given)
     if not isinstance(h, Tensor):
         raise TypeError(f"it returns a {type(h).__name__}, and an edge carries one tensor")
     turned = lap(x)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -34,6 +35,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dnipipe.beside import NOWHERE, Beside
+from dnipipe.entrance import Entrance
 from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.finite import CURES, Buffers, finite
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
@@ -86,6 +88,7 @@ class Stage:
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
         self.loss, self.seed, self.first_layer, self.beside = loss, seed, first_layer, beside
         self.graphs, self.skips_nan = graphs or Graphs(), skips_nan
+        self.entrance = Entrance()
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
@@ -276,10 +279,9 @@ class Stage:
         """Step 1. If h's graph may wait, it is one on the `held` copy; else its size is noted the first time."""
         reseed(self.seed, self.first_layer, batch)
         if held:
-            return held.forward(self.module, x)
+            return self.entrance(partial(held.forward, self.module), x)
         with self.graphs.measured(self.module) if stash and self.graphs.size is None else nullcontext():
-            h: Tensor = self.module(x)
-        return h
+            return self.entrance(self.module, x)
 
     def _through(self, batch: int, pending: Pending, sends: bool) -> tuple[Tensor, Tensor]:
         """(x, h) of a batch that waited, with the graph between them: as it was kept, or made again."""
@@ -298,8 +300,8 @@ class Stage:
         self._mode(training=True)
         reseed(self.seed, self.first_layer, batch)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        h: Tensor = functional_call(self.module, {**buffers, **(stash.weights if stash else {})}, (x,))
-        return h
+        weights = {**buffers, **(stash.weights if stash else {})}
+        return self.entrance(lambda x: functional_call(self.module, weights, (x,)), x)
 
     def _mode(self, training: bool) -> None:
         if self.module.training != training:

@@ -205,13 +205,14 @@ class Failing(nn.Linear):
         return super().forward(input)
 
 
-def a_run(folder: Path, *layers: nn.Module) -> dnipipe.Run:
+def a_run(folder: Path, *layers: nn.Module, rule: str = "blend") -> dnipipe.Run:
     return dnipipe.Run(
         nn.Sequential(*layers),
         stages=[1, 2],
         loss=F.cross_entropy,
         optimizer=lambda p: torch.optim.Adam(p, 1e-2),
-        transport={"kind": "local"},
+        rule=rule,
+        transport={"kind": "local", "delay": 0 if rule == "wait" else 1},
         output={"dir": str(folder), "quiet": True},
     )
 
@@ -230,6 +231,20 @@ def test_ones_own_model_in_a_session_without_a_script(tmp_path: Path) -> None:
     trained = run.model().eval()
     loss = sum(F.cross_entropy(trained(x), y).item() for x, y in batches()) / 3
     assert loss == pytest.approx(told["eval"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["wait", "blend", "delayed"])
+def test_a_layer_that_writes_into_its_input_learns_as_one_that_does_not(rule: str, tmp_path: Path) -> None:
+    """In a stage, and where one begins; what waits runs its forward again."""
+    learnt = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        acts = [nn.LeakyReLU(0.5, inplace=inplace) for _ in range(3)]
+        second = nn.Sequential(acts[0], nn.Linear(16, 16), acts[1], nn.Linear(16, 16))
+        run = a_run(tmp_path, nn.Linear(8, 16), second, nn.Sequential(acts[2], nn.Linear(16, 3)), rule=rule)
+        run.fit(batches(), epochs=4)
+        learnt.append(run.model().state_dict())
+    assert same(*learnt)
 
 
 def test_layers_train_in_training_mode_whatever_they_were_left_in(tmp_path: Path) -> None:

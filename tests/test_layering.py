@@ -39,10 +39,11 @@ MAY = {
     "sometimes": "gradient_rules randomness",
     "inputs": "config errors nets optim predictors",
     "unlocked": "errors inputs messages stage",
+    "entrance": "",
     "stash": "",
     "pending": "stash",
-    "stage": "beside messages errors finite gradient_rules last_stage predictors metrics optim pending randomness "
-    "stash",
+    "stage": "beside messages entrance errors finite gradient_rules last_stage predictors metrics optim pending "
+    "randomness stash",
     "split": "errors predictors",
     "costs": "gradient_rules split",
     "models": "config errors",
