@@ -191,18 +191,24 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
     def learner() -> Learner:
         return _learner(job, plan.edge(index), settings.train.seed + plan.layers_of(index)[-1] + 1)
 
-    def rule(name: str) -> GradientRule:
+    def rule(start: int, name: str) -> GradientRule:
         made: GradientRule
         if index == plan.stages - 1:
             stops = settings.train.on_nan == "stop"
             made = LossGradient(job.loss, RULES[name].teaches, measured.loss, stops, beside_of(settings))
         else:
-            made = RULES[name].build(settings, learner)
+            made = RULES[name].build(_from(settings, start), learner)
         p, first_layer = settings.rule.p_update, plan.layers_of(index)[0]
         return made if p == 1 else Sometimes(made, p, settings.train.seed, first_layer)
 
-    rules = [(start, rule(name)) for start, name in phases(settings.rule)]
+    rules = [(start, rule(start, name)) for start, name in phases(settings.rule)]
     return rules[0][1] if len(rules) == 1 else Phases(rules)
+
+
+def _from(settings: Config, start: int) -> Config:
+    """As a rule that begins at batch `start` has them: what warms up does so from there on."""
+    warmup = settings.rule.warmup
+    return replace(settings, rule=replace(settings.rule, warmup=start - 1 + warmup if warmup else 0))
 
 
 def _learner(job: Job, edge: Edge, seed: int) -> Learner:

@@ -69,6 +69,7 @@ class GradientRule(ABC):
     """One stage's source of gradients."""
 
     teaches: bool  # whether gradients travel at all: False spares every stage the backward to its input
+    late = False  # whether a gradient that comes late moves the stage: what rule.lookahead is for
     again = False  # whether a batch that was applied and answered at once is applied again when its gradient is here
     in_flight: int | None = None  # batches that may lack their gradient; None: as many as the window holds
     stash: float | None = None  # λ of Stash.hand_over: differentiate at the weights a batch came through with; None: no
@@ -179,7 +180,7 @@ class Blend(Synthetic):
     others are Synthetic's.
     """
 
-    again = True
+    late = again = True
 
     def __init__(
         self,
@@ -251,7 +252,7 @@ class Delayed(GradientRule):
     with a stash, at those that the batch went through with, so that the gradient is one of a single point, long past.
     """
 
-    teaches = True
+    teaches = late = True
 
     def __init__(self, stash: float | None = None) -> None:
         self.stash = stash

@@ -27,7 +27,7 @@ class Sometimes(GradientRule):
 
     def __init__(self, inner: GradientRule, p: float, seed: int, first_layer: int) -> None:
         self.inner, self.p, self.seed, self.first_layer = inner, p, seed, first_layer
-        self.teaches, self.again = inner.teaches, inner.again
+        self.teaches, self.late, self.again = inner.teaches, inner.late, inner.again
         self.in_flight, self.stash, self.learner = inner.in_flight, inner.stash, inner.learner
 
     def draws(self, batch: int) -> bool:

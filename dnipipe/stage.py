@@ -140,7 +140,7 @@ class Stage:
         rule = self.rule.at(batch)
         x = self.beside.bring(message.x.detach()).requires_grad_(self.index > 0 and rule.teaches)
         with self.metrics.clock.span("optimizer"):
-            self.descent.lean(self.late)
+            self.descent.lean(self.late if rule.late else 0)
             stash = None if rule.stash is None or self.last else Stash(self.module)
         held = stash if self.graphs.room else None  # the weights under a graph that may wait
         buffers = Buffers(self.module) if self.skips_nan else None

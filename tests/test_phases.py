@@ -6,6 +6,7 @@ batch      1 … 5 │ 6 … 9          rule.name = "a", rule.then = "6:b"
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,36 @@ def test_a_batch_belongs_to_the_rule_that_it_came_under() -> None:
     for batch in (5, 7, 90):
         rule.arrived(batch, h, y, h, None)
     assert log == ["a now 5", "b now 6", "c now 8", "a arrived 5", "b arrived 7", "c arrived 90"]
+
+
+def test_a_lookahead_is_for_the_phase_whose_gradients_come_late(tmp_path: Path) -> None:
+    """What `local` has learnt when `blend` begins is the same, however far `blend` will look ahead."""
+    kept = []
+    for ahead in (0, 10):
+        run = tmp_path / str(ahead)
+        train(
+            run,
+            rule__name="local",
+            rule__then="31:blend",
+            rule__lookahead=ahead,
+            transport__delay=4,
+            checkpoint__every=30,
+            checkpoint__keep=9,
+        )
+        kept.append([checkpoint.at(run, batch).weights() for batch in (30, 50)])
+    assert same(kept[0][0], kept[1][0]) and not same(kept[0][1], kept[1][1])
+
+
+def test_a_warm_up_counts_from_where_its_rule_begins(tmp_path: Path) -> None:
+    """20 batches of `wait`, then a predictor that is new: for 15 more its stage stays as it is."""
+    run = tmp_path / "run"
+    settings = {"rule__then": "21:synthetic", "rule__warmup": 15, "rule__warmup_rule": "zero", "predictor__hidden": 0}
+    train(run, rule__name="wait", checkpoint__every=5, checkpoint__keep=20, **settings)
+    first = [
+        {name: tensor for name, tensor in checkpoint.at(run, batch).weights().items() if name.startswith("embedding")}
+        for batch in (15, 20, 35, 40)
+    ]
+    assert [same(*pair) for pair in pairwise(first)] == [False, True, False]
 
 
 def test_the_predictor_and_its_optimizer_go_from_rule_to_rule() -> None:

@@ -71,7 +71,7 @@ class Rule:
     bp_lambda: float = setting(
         0.0, "BP(λ): 0 bootstrapped gradients, 1 the true one travelling from the loss", low=0.0, high=1.0
     )
-    warmup: int = setting(0, "batches during which predictors learn but are not trusted", low=0)
+    warmup: int = setting(0, "batches from a rule's first on during which predictors learn but are not trusted", low=0)
     warmup_rule: Literal["wait", "zero", "local", "scale"] = setting(
         "wait",
         "meanwhile: apply the true gradient, late; or none; or the prediction, taught by its own loss alone (vfbn); or "
