@@ -219,8 +219,14 @@ def _learner(job: Job, edge: Edge, seed: int) -> Learner:
     for part in predictor.children():
         round_off(part, settings.pipeline, device, guesses=True)
     lessons = Replay(settings.predictor.replay, settings.predictor.steps)
-    careful = settings.train.on_nan == "skip"
-    return Learner(predictor.to(device), settings.predictor.lr, lessons, settings.predictor.rows, careful)
+    return Learner(
+        predictor.to(device),
+        settings.predictor.lr,
+        lessons,
+        settings.predictor.rows,
+        careful=settings.train.on_nan == "skip",
+        trust=settings.rule.trust,
+    )
 
 
 def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:

@@ -34,7 +34,6 @@ from dnipipe.config import Config
 from dnipipe.errors import ConfigError
 from dnipipe.learner import Learner
 from dnipipe.predictors import VFBN
-from dnipipe.trust import Trust
 
 LEAST = 0.01  # part of a prediction that is used at least: of nothing, no likeness could be measured
 
@@ -108,7 +107,8 @@ class Synthetic(GradientRule):
         meanwhile: what is done with a prediction that is not trusted. "wait" and "zero" only measure it, and true
             gradients travel all the way; the stage updates, late, with the one that arrived, or not at all. "local"
             uses it, taught by its own loss alone. "scale" uses it times its likeness to what arrives, but LEAST.
-        trust: cosine with what arrives below which the prediction is not trusted either; -1 trusts it always.
+
+    Nor is it trusted while the learner's trust in it is lost (trust.py).
     """
 
     teaches = True
@@ -119,19 +119,18 @@ class Synthetic(GradientRule):
         bp_lambda: float = 0.0,
         warmup: int = 0,
         meanwhile: str = "wait",
-        trust: float = -1.0,
     ) -> None:
         self.learner: Learner = learner
         self.bp_lambda = bp_lambda
         self.warmup = warmup
         self.meanwhile = meanwhile
-        self.trust = Trust(trust)
+        self.trust = learner.trust
         self._distrusted: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
 
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Synthetic:
         rule = config.rule
-        return cls(learner(), rule.bp_lambda, rule.warmup, rule.warmup_rule, rule.trust)
+        return cls(learner(), rule.bp_lambda, rule.warmup, rule.warmup_rule)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         guess = self.learner.guess(h, y)
@@ -189,10 +188,9 @@ class Blend(Synthetic):
         bp_lambda: float = 0.0,
         warmup: int = 0,
         meanwhile: str = "wait",
-        trust: float = -1.0,
         stash: bool = False,
     ) -> None:
-        super().__init__(learner, bp_lambda, warmup, meanwhile, trust)
+        super().__init__(learner, bp_lambda, warmup, meanwhile)
         self.correction = correction
         self.stash = 0.0 if stash else None
         self._asked = 0  # batches so far
@@ -201,8 +199,7 @@ class Blend(Synthetic):
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Blend:
         rule = config.rule
-        trusting = rule.warmup, rule.warmup_rule, rule.trust
-        return cls(learner(), rule.correction, rule.bp_lambda, *trusting, rule.stash)
+        return cls(learner(), rule.correction, rule.bp_lambda, rule.warmup, rule.warmup_rule, rule.stash)
 
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         self._asked += 1

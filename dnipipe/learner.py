@@ -11,6 +11,7 @@ from dnipipe.finite import finite
 from dnipipe.lessons import Replay
 from dnipipe.optim import in_one_kernel
 from dnipipe.predictors import Predictor
+from dnipipe.trust import Trust
 
 
 class Learner:
@@ -21,6 +22,7 @@ class Learner:
         replay: what an arriving gradient is learnt from with.
         rows: the share of its samples that is; the first ones, since batches are shuffled.
         careful: learn nothing from a guess that is not finite, which on a GPU has to be waited for.
+        trust: cosine with what arrives below which the predictor is not trusted; -1: always trusted.
     """
 
     def __init__(
@@ -30,12 +32,13 @@ class Learner:
         replay: Replay | None = None,
         rows: float = 1.0,
         careful: bool = False,
+        trust: float = -1.0,
     ) -> None:
         self.predictor = predictor
         self.adam = in_one_kernel(torch.optim.Adam, predictor.parameters(), lr=lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
         self.replay = replay or Replay()
-        self.rows, self.careful = rows, careful
+        self.rows, self.careful, self.trust = rows, careful, Trust(trust)
 
     def guess(self, h: Tensor, y: Tensor) -> Tensor:
         """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""

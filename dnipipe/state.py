@@ -14,6 +14,7 @@ from torch import Tensor
 from dnipipe import checkpoint
 from dnipipe.checkpoint import StageState
 from dnipipe.errors import CheckpointError
+from dnipipe.learner import Learner
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from dnipipe.unlocked import UnlockedStage
@@ -40,9 +41,17 @@ def state_of(stage: Stage, plan: Plan) -> StageState:
         boundary=boundary_of(stage, plan),
         predictor=predictor,
         predictor_optimizer=learned,
-        counters={"batch": stage.last_batch, "updates": stage.updates},
+        counters={"batch": stage.last_batch, "updates": stage.updates, **(_trust_of(learner) if learner else {})},
+        optimizer_name=type(stage.descent.optimizer).__name__,
         **guessing,
     )
+
+
+def _trust_of(learner: Learner) -> dict[str, float]:
+    """What a stage thinks of its predictor, so that one that was not trusted is not trusted again by a restart."""
+    learner.trust.judge()
+    seen = learner.trust.likeness
+    return {} if seen is None else {"likeness": seen, "trusted": float(learner.trust.good)}
 
 
 def load_state(stage: Stage, state: StageState) -> None:
@@ -52,6 +61,7 @@ def load_state(stage: Stage, state: StageState) -> None:
     """
     stage.module.load_state_dict(state.weights)
     learner, named = stage.rule.learner, dict(stage.module.named_parameters())
+    _check_optimizer(state.optimizer_name, type(stage.descent.optimizer).__name__)
     checkpoint.load_optimizer_state(stage.descent.optimizer, named, state.optimizer)
     for name, gradient in state.gradients.items():
         named[name].grad = gradient.to(named[name].device, copy=True)
@@ -60,11 +70,25 @@ def load_state(stage: Stage, state: StageState) -> None:
     elif state.predictor:
         what = f"predictor saved at {state.boundary}"
         _load_learned(learner.predictor, learner.adam, state.predictor, state.predictor_optimizer, what)
+        if (seen := state.counters.get("likeness")) is not None:
+            learner.trust.likeness, learner.trust.good = seen, bool(state.counters["trusted"])
     if isinstance(stage, UnlockedStage) and stage.inputs and state.inputs:
         weights = {name.partition(".")[2]: tensor for name, tensor in state.inputs.items()}
         moments = {name.partition(".")[2]: values for name, values in state.inputs_optimizer.items()}
         what = f"model of the input of {next(iter(state.inputs)).partition('.')[0]}"
         _load_learned(stage.inputs.net, stage.inputs.optimizer, weights, moments, what)
+
+
+def _check_optimizer(saved: str, own: str) -> None:
+    """Adam's moments are AdamW's; NAdam, or SGD, keeps others, and would miss them at the first step, or misread them.
+
+    Raises CheckpointError.
+    """
+    if saved and saved.removesuffix("W") != own.removesuffix("W"):
+        raise CheckpointError(
+            f"the run was trained with {saved}, and {own} cannot go on with what that keeps of each weight: go on with "
+            "the optimizer (optimizer.name) of the run's config.toml, or begin a new run"
+        )
 
 
 def _load_learned(

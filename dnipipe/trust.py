@@ -37,16 +37,18 @@ class Trust:
         a, b = predicted.detach().flatten().float(), g.detach().flatten().float()
         self._unread.append(torch.dot(a, b) / (a.norm() * b.norm()).clamp_min(torch.finfo(torch.float32).tiny))
         if len(self._unread) >= READ:
-            self._judge(torch.stack(self._unread).tolist())
-            self._unread = []
+            self.judge()
 
-    def _judge(self, cosines: list[float]) -> None:
+    def judge(self) -> None:
+        """Look at what has been observed; a stage that is saved has an opinion on all of it."""
+        cosines = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread = []
         for cosine in cosines:
             seen = cosine if math.isfinite(cosine) else -1.0  # a prediction that is no number deserves no trust
             before = seen if self.likeness is None else self.likeness
             self.likeness = before + (seen - before) / MEMORY
-        assert self.likeness is not None
-        self.good = self.likeness >= self.threshold + (0.0 if self.good else MARGIN)
+        if self.likeness is not None:
+            self.good = self.likeness >= self.threshold + (0.0 if self.good else MARGIN)
 
 
 __all__ = ["Trust"]

@@ -87,7 +87,7 @@ UNTRUSTED = (GUESS, False, False)  # only measured
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
     """As in a warm-up, batch by batch: what was asked before trust was lost is finished as it was begun."""
-    rule = Synthetic(Learner(Constant(), 0.1), meanwhile="wait" if wait else "zero", trust=0.5)
+    rule = Synthetic(Learner(Constant(), 0.1, trust=0.5), meanwhile="wait" if wait else "zero")
     for batch in range(1, 1 + READ):
         use = rule.now(batch, H, Y)
         assert use is not None and use.update and use.send
@@ -100,7 +100,7 @@ def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
 
 def distrusted(meanwhile: str) -> tuple[Synthetic, Constant]:
     """A rule that has just found its predictions unlike what comes: a cosine of 0 with G − mean(G), over and over."""
-    rule = Synthetic(Learner(predictor := Constant(), 0.0), meanwhile=meanwhile, trust=0.5)
+    rule = Synthetic(Learner(predictor := Constant(), 0.0, trust=0.5), meanwhile=meanwhile)
     for _ in range(READ):
         rule.trust.observe(GUESS, G - G.mean())
     assert not rule.trust.good

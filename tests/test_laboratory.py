@@ -190,6 +190,26 @@ def test_a_run_goes_on_cut_as_it_was_if_in_as_many_stages(stages: int, cut: list
     assert again == cut or (cut is None and again == ["2", ""])
 
 
+def test_a_predictor_that_was_not_trusted_is_not_trusted_again_by_a_resume(tmp_path: Path) -> None:
+    """As if it had never stopped, to the last bit: what is asked of it, and what is used."""
+    wary = {"rule__name": "synthetic", "rule__trust": 0.99, "rule__warmup_rule": "zero", "checkpoint__every": 20}
+    train(tmp_path / "whole", **wary)
+    train(tmp_path / "cut", train__batches=20, **wary)
+    train(tmp_path / "cut", "--resume", str(tmp_path / "cut"), **wary)
+    assert same(*(checkpoint.weights(tmp_path / name) for name in ("whole", "cut")))
+    kept = [checkpoint.at(tmp_path / "whole", batch).weights() for batch in (20, 50)]
+    first = [{name: tensor for name, tensor in each.items() if name.startswith("embedding")} for each in kept]
+    assert same(*first)  # stage 0 was not trusted all the while
+
+
+def test_another_optimizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", train__batches=10)
+    words = [f"--{k}={v}" for k, v in OURS.items()]
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), *words, "--optimizer.name", "nadam"]) == 2
+    assert "trained with Adam, and NAdam cannot go on" in capsys.readouterr().err
+    train(tmp_path / "run", "--resume", str(tmp_path / "run"), optimizer__name="adamw")
+
+
 def test_another_kind_of_predictor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(run, train__batches=5)

@@ -31,8 +31,8 @@ MAY = {
     "trust": "",
     "optim": "config errors",
     "finite": "",
-    "learner": "finite lessons optim predictors",
-    "gradient_rules": "config errors learner predictors trust",
+    "learner": "finite lessons optim predictors trust",
+    "gradient_rules": "config errors learner predictors",
     "last_stage": "beside errors finite gradient_rules predictors",
     "phases": "gradient_rules",
     "randomness": "",
@@ -66,7 +66,7 @@ MAY = {
     "result": "building config data head split",
     "building": "beside config costs data errors execution gradient_rules inputs last_stage learner lessons metrics "
     "optim phases predictors randomness sometimes split stage staging stash sync transport unlocked window wire",
-    "state": "checkpoint errors split stage unlocked",
+    "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
     "session": "building checkpoint config data display errors folders gloo greeting head messages metrics opening "
     "rendezvous result split stage state sync tracing transport worker",

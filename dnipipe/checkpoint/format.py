@@ -35,6 +35,7 @@ class StageState:
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the weights, where an update is still incomplete
     inputs: dict[str, Tensor] = field(default_factory=dict)  # of the model that guesses the input of LAYER: LAYER.name
     inputs_optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optimizer_name: str = ""  # its class; "": not known
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Part:
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # dtype, shape
     numbers: dict[str, Number]  # of the optimizers
     counters: dict[str, int | float]
+    optimizer: str = ""  # its class; "": saved before this was noted
 
 
 # -- a state and its ids -----------------------------------------------------------------------------------------
@@ -132,6 +134,8 @@ def parse_part(value: Any) -> Part:
     need(isinstance(value, dict), "a part is not a table")
     boundary, size, crc32 = (value.get(key) for key in ("boundary", "bytes", "crc32"))
     need(isinstance(boundary, str) and boundary.isprintable(), "a part's boundary is not a name")
+    optimizer = value.get("optimizer", "")
+    need(isinstance(optimizer, str) and optimizer.isprintable(), "a part's optimizer is not a name")
     need(type(size) is int and size > 0 and type(crc32) is int, "a part's size or checksum is not a number")
     tables = {key: value.get(key) for key in ("tensors", "numbers", "counters")}
     for key, table in tables.items():
@@ -144,7 +148,7 @@ def parse_part(value: Any) -> Part:
         need(split_id(id)[2] and type(number) in (int, float, bool, type(None)), f"{id[:80]!r} is not a number")
     for name, count in tables["counters"].items():
         need(type(count) in (int, float), f"counter {name[:80]!r} is not a number")
-    return Part(boundary, size, crc32, tensors, tables["numbers"], tables["counters"])
+    return Part(boundary, size, crc32, tensors, tables["numbers"], tables["counters"], optimizer)
 
 
 def _parse_form(id: str, form: Any) -> tuple[str, tuple[int, ...]]:

@@ -82,7 +82,7 @@ class Checkpoint:
                     found[section].setdefault(name, {})[key] = value
                 else:
                     found[section][name] = value
-        return StageState(boundary=boundary, counters=counters, **found)
+        return StageState(boundary=boundary, counters=counters, optimizer_name=self.parts[0].optimizer, **found)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers of the whole model, on the CPU."""

@@ -39,7 +39,7 @@ def save_part(run: Path, batch: int, stage: int, state: StageState) -> None:
     """
     tensors, numbers = flatten(state)
     forms = {id: form_of(tensor) for id, tensor in tensors.items()}
-    part = Part(state.boundary, 1, 0, forms, numbers, dict(state.counters))
+    part = Part(state.boundary, 1, 0, forms, numbers, dict(state.counters), state.optimizer_name)
     parse_part(json.loads(json.dumps(asdict(part), default=str)))  # what could not be read back must not be saved
     folder = folder_of(run, batch)
     path, record = folder / tensors_file(stage), folder / record_file(stage)
