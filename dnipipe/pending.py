@@ -25,6 +25,7 @@ class Pending:
     updates: int  # how many updates the stage had made when it sent h
     stash: Stash | None  # the weights with which it went through, if the rule wants its gradient there
     graph: Tensor | None  # h again, with its graph on those weights and x; None: the forward will be run again
+    taken: int  # bytes, by the graph
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,7 +142,7 @@ class Stage:
         with self.metrics.clock.span("optimizer"):
             self.descent.lean(self.late if rule.late else 0)
             stash = None if rule.stash is None or self.last else Stash(self.module)
-        held = stash if self.graphs.room else None  # the weights under a graph that may wait
+        held = stash if stash and (room := self.graphs.room(x)) else None  # the weights under a graph that may wait
         buffers = Buffers(self.module) if self.skips_nan else None
         with self.metrics.clock.span("forward"):
             h = self._forward(batch, x, stash, held)  # 1
@@ -181,10 +181,11 @@ class Stage:
             updates=updates,
             stash=None if done else stash,
             graph=h if held and not done else None,
+            taken=room if held and not done else 0,
         )
         if not self.last:
             self.pending[batch] = pending  # 5
-            self.graphs.kept += pending.graph is not None
+            self.graphs.taken += pending.taken
         self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
@@ -193,7 +194,7 @@ class Stage:
         of = pending and Target.of(pending, message.samples)
         if pending is None or of is None or (g is not None and g.shape != of.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
-        self.graphs.kept -= pending.graph is not None
+        self.graphs.taken -= pending.taken
         why = "the link was full" if message.full else "no gradient came"
         if message.g is not None and not self._usable(message.g, batch, "gradient"):
             g, why = None, SPOILT
@@ -280,7 +281,7 @@ class Stage:
         reseed(self.seed, self.first_layer, batch)
         if held:
             return self.entrance(partial(held.forward, self.module), x)
-        with self.graphs.measured(self.module) if stash and self.graphs.size is None else nullcontext():
+        with self.graphs.measured(self.module, x) if stash and self.graphs.size(x) is None else nullcontext():
             return self.entrance(self.module, x)
 
     def _through(self, batch: int, pending: Pending, sends: bool) -> tuple[Tensor, Tensor]:

@@ -46,23 +46,30 @@ class Stash:
 
 
 class Graphs:
-    """How many batches may wait with their graph: as many as fit into `limit` bytes.
+    """Which batches may wait with their graph: as many as fit into `limit` bytes. The others run their forward again.
 
-    The others run their forward again. How much a graph takes is measured on the first, which is not kept.
+    How much a graph takes is measured on the first batch, and again on any that is larger than all before; such a one
+    is not kept, and a smaller one counts as the next larger that was measured.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
-        self.kept = 0
-        self.size: int | None = None  # bytes of one
+        self.taken = 0  # bytes, by those that wait
+        self.sizes: dict[int, int] = {}  # elements of x -> bytes of its graph
 
-    @property
-    def room(self) -> bool:
-        return self.size is not None and (self.kept + 1) * self.size <= self.limit
+    def size(self, x: Tensor) -> int | None:
+        """Bytes of its graph, at most; None: not known yet."""
+        larger = [elements for elements in self.sizes if elements >= x.numel()]
+        return self.sizes[min(larger)] if larger else None
+
+    def room(self, x: Tensor) -> int:
+        """Bytes that its graph would take; 0: it is not to be kept."""
+        size = self.size(x)
+        return size if size is not None and self.taken + size <= self.limit else 0
 
     @contextmanager
-    def measured(self, module: nn.Module) -> Iterator[None]:
-        """Around the first forward: what it saves for its backward, each memory counted once, parameters not at all."""
+    def measured(self, module: nn.Module, x: Tensor) -> Iterator[None]:
+        """Around a forward: what it saves for its backward, each memory counted once, parameters not at all."""
         found = {p.untyped_storage().data_ptr(): 0 for p in module.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
@@ -72,7 +79,7 @@ class Graphs:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             yield
-        self.size = sum(found.values())
+        self.sizes[x.numel()] = max(1, sum(found.values()))
 
 
 __all__ = ["Graphs", "Stash"]

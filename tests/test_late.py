@@ -173,7 +173,7 @@ def test_a_kept_graph_gives_what_a_second_forward_would(rule: Callable[[], Gradi
         for stage in stages:
             stage.graphs = Graphs(room)
         fed(stages, 10, delay)
-        assert [stage.graphs.kept for stage in stages] == [0, 0, 0]
+        assert [stage.graphs.taken for stage in stages] == [0, 0, 0]
         made.append(
             {name: t for stage in stages for name, t in stage.module.state_dict(prefix=f"{stage.index}.").items()}
         )
@@ -188,15 +188,27 @@ def test_a_kept_graph_gives_what_a_second_forward_would(rule: Callable[[], Gradi
 def test_a_graph_is_measured_without_the_weights() -> None:
     """Linear saves x (3, 8), Tanh its output (3, 5), the second Linear that again."""
     module, x = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3, 8)
-    graphs = Graphs(1000)
-    assert not graphs.room
-    with graphs.measured(module):
+    graphs, size = Graphs(1000), 4 * (3 * 8 + 3 * 5)
+    assert not graphs.room(x)
+    with graphs.measured(module, x):
         module(x)
-    assert graphs.size == 4 * (3 * 8 + 3 * 5)
-    graphs.kept = 5
-    assert graphs.room
-    graphs.kept = 6
-    assert not graphs.room
+    assert graphs.room(x) == size
+    graphs.taken = 5 * size
+    assert graphs.room(x) == size
+    graphs.taken = 6 * size
+    assert not graphs.room(x)
+
+
+def test_a_larger_batch_is_measured_anew_and_a_smaller_one_counts_as_one_that_was() -> None:
+    """Shapes may change: 3 samples first, then 9, 1 and 5."""
+    module = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 2))
+    graphs = Graphs(10_000)
+    for samples in (3, 9):
+        x = torch.randn(samples, 8)
+        assert graphs.size(x) is None and not graphs.room(x)
+        with graphs.measured(module, x):
+            module(x)
+    assert [graphs.room(torch.randn(samples, 8)) for samples in (1, 3, 5, 9, 10)] == [156, 156, 468, 468, 0]
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])
