@@ -26,16 +26,12 @@ is a function of (seed, layer, batch id) alone, so a resumed run draws what it w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.func import functional_call
 
 from dnipipe.beside import NOWHERE, Beside
-from dnipipe.entrance import Entrance
 from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.finite import CURES, Buffers, finite
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
@@ -43,9 +39,9 @@ from dnipipe.last_stage import score
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
+from dnipipe.passes import Passes
 from dnipipe.pending import Pending, Target
 from dnipipe.predictors import Loss
-from dnipipe.randomness import reseed
 from dnipipe.stash import Graphs, Stash
 
 POISONED = "activation not finite"  # why a batch is skipped, and the next stage never sees it
@@ -86,9 +82,8 @@ class Stage:
     ) -> None:
         self.index, self.stages = index, stages
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
-        self.loss, self.seed, self.first_layer, self.beside = loss, seed, first_layer, beside
-        self.graphs, self.skips_nan = graphs or Graphs(), skips_nan
-        self.entrance = Entrance()
+        self.loss, self.skips_nan, self.beside = loss, skips_nan, beside
+        self.passes = Passes(module, seed, first_layer, graphs or Graphs())
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
@@ -136,16 +131,18 @@ class Stage:
         if (self.index or self.skips_nan) and not self._usable(message.x, batch, "activation"):
             yield from self._leave(batch, y, POISONED)
             return
-        self._mode(training=True)
+        self.passes.mode(training=True)
         rule = self.rule.at(batch)
         x = self.beside.bring(message.x.detach()).requires_grad_(self.index > 0 and rule.teaches)
         with self.metrics.clock.span("optimizer"):
             self.descent.lean(self.late if rule.late else 0)
             stash = None if rule.stash is None or self.last else Stash(self.module)
-        held = stash if stash and (room := self.graphs.room(x)) else None  # the weights under a graph that may wait
+        held = (
+            stash if stash and (room := self.passes.graphs.room(x)) else None
+        )  # the weights under a graph that may wait
         buffers = Buffers(self.module) if self.skips_nan else None
         with self.metrics.clock.span("forward"):
-            h = self._forward(batch, x, stash, held)  # 1
+            h = self.passes.forward(batch, x, stash, held)  # 1
         out = h.detach()
         if buffers and not finite(out):
             buffers.put_back()
@@ -185,7 +182,7 @@ class Stage:
         )
         if not self.last:
             self.pending[batch] = pending  # 5
-            self.graphs.taken += pending.taken
+            self.passes.graphs.taken += pending.taken
         self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
@@ -194,7 +191,7 @@ class Stage:
         of = pending and Target.of(pending, message.samples)
         if pending is None or of is None or (g is not None and g.shape != of.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
-        self.graphs.taken -= pending.taken
+        self.passes.graphs.taken -= pending.taken
         why = "the link was full" if message.full else "no gradient came"
         if message.g is not None and not self._usable(message.g, batch, "gradient"):
             g, why = None, SPOILT
@@ -276,14 +273,6 @@ class Stage:
         if self.index > 0 and not answered:
             yield Gradient(batch, None)
 
-    def _forward(self, batch: int, x: Tensor, stash: Stash | None, held: Stash | None) -> Tensor:
-        """Step 1. If h's graph may wait, it is one on the `held` copy; else its size is noted the first time."""
-        reseed(self.seed, self.first_layer, batch)
-        if held:
-            return self.entrance(partial(held.forward, self.module), x)
-        with self.graphs.measured(self.module, x) if stash and self.graphs.size(x) is None else nullcontext():
-            return self.entrance(self.module, x)
-
     def _through(self, batch: int, pending: Pending, sends: bool) -> tuple[Tensor, Tensor]:
         """(x, h) of a batch that waited, with the graph between them: as it was kept, or made again."""
         assert pending.x is not None
@@ -291,27 +280,12 @@ class Stage:
             return pending.x, pending.graph
         x = pending.x.requires_grad_(sends)
         with self.metrics.clock.span("forward"):
-            return x, self._forward_again(batch, x, pending.stash)
-
-    def _forward_again(self, batch: int, x: Tensor, stash: Stash | None = None) -> Tensor:
-        """The forward of a batch that waited: same random numbers, and buffers (BatchNorm) as they are, kept so.
-
-        At the weights as they are, or as they were.
-        """
-        self._mode(training=True)
-        reseed(self.seed, self.first_layer, batch)
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        weights = {**buffers, **(stash.weights if stash else {})}
-        return self.entrance(lambda x: functional_call(self.module, weights, (x,)), x)
-
-    def _mode(self, training: bool) -> None:
-        if self.module.training != training:
-            self.module.train(training)
+            return x, self.passes.again(batch, x, pending.stash)
 
     # -- evaluation and markers --------------------------------------------------------------------------------
 
     def on_evaluation(self, message: Evaluation) -> Iterator[Message]:
-        self._mode(training=False)
+        self.passes.mode(training=False)
         with self.metrics.evaluating(), torch.no_grad():
             h = self.module(self.beside.bring(message.x))
             if self.last and message.y is not None:

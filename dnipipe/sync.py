@@ -93,8 +93,8 @@ class SyncStage(Stage):
         if smaller:
             self.metrics.skip(SMALLER)
             return
-        self._mode(training=True)
-        reseed(self.seed, self.first_layer, batch)
+        self.passes.mode(training=True)
+        reseed(self.passes.seed, self.passes.first_layer, batch)
         self.schedule.step(batch, x, y)
         with self.metrics.clock.span("optimizer"):
             self.updates += self.descent.step(batch)

@@ -171,9 +171,9 @@ def test_a_kept_graph_gives_what_a_second_forward_would(rule: Callable[[], Gradi
         modules: list[nn.Module] = [Counted(8), Counted(6), nn.Linear(6, 3)]
         stages = make_stages(modules, lambda k: rule(), partial(torch.optim.Adam, lr=0.01), lookahead=2)
         for stage in stages:
-            stage.graphs = Graphs(room)
+            stage.passes.graphs = Graphs(room)
         fed(stages, 10, delay)
-        assert [stage.graphs.taken for stage in stages] == [0, 0, 0]
+        assert [stage.passes.graphs.taken for stage in stages] == [0, 0, 0]
         made.append(
             {name: t for stage in stages for name, t in stage.module.state_dict(prefix=f"{stage.index}.").items()}
         )

@@ -39,11 +39,10 @@ MAY = {
     "sometimes": "gradient_rules randomness",
     "inputs": "config errors nets optim predictors",
     "unlocked": "errors inputs messages stage",
-    "entrance": "",
     "stash": "",
+    "passes": "randomness stash",
     "pending": "stash",
-    "stage": "beside messages entrance errors finite gradient_rules last_stage predictors metrics optim pending "
-    "randomness stash",
+    "stage": "beside messages errors finite gradient_rules last_stage predictors metrics optim passes pending stash",
     "split": "errors predictors",
     "costs": "gradient_rules split",
     "models": "config errors",

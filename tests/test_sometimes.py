@@ -135,11 +135,11 @@ def test_blend_mends_only_what_it_applied() -> None:
     stages, mended = sometimes(lambda k: Blend(Learner(Fixed(0.01), 1e-3), 1.0)), [0, 0, 0]
     for k, stage in enumerate(stages):
 
-        def counted(*given: Any, k: int = k, again: Callable[..., Tensor] = stage._forward_again) -> Tensor:
+        def counted(*given: Any, k: int = k, again: Callable[..., Tensor] = stage.passes.again) -> Tensor:
             mended[k] += 1
             return again(*given)
 
-        stage._forward_again = counted  # type: ignore[method-assign]
+        stage.passes.again = counted  # type: ignore[method-assign]
     one_at_a_time(Line(stages), BATCHES)
     rows = [drawn(k) for k in range(3)]
     assert mended == [sum(a and b for a, b in zip(rows[k], rows[k + 1], strict=True)) for k in (0, 1)] + [0]
