@@ -7,7 +7,7 @@
 K processes take part in the first; the other two are stage 0's alone, which has the data and the model to begin with.
 In float64, so that what is left is no rounding: in float32 Adam makes a whole step of a gradient that is zero but for
 noise. What differs by nature is set aside, and said: dropout, for its masks depend on the cut; a limit on the norm of a
-stage's gradient; micro-batches, where BatchNorm takes its statistics from them.
+stage's gradient; what [wire] rounds or leaves out; micro-batches, where BatchNorm takes its statistics from them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,14 @@ class Difference:
     by: float  # its own largest
 
 
-def prepared(job: Job, batches: int, run: Path) -> Job:
+@dataclass(frozen=True)
+class Prepared(Job):
+    """A job as it can be held against plain autograd."""
+
+    aside: tuple[str, ...] = ()  # `setting = value` of what it was given and is verified without
+
+
+def prepared(job: Job, batches: int, run: Path) -> Prepared:
     """The job in float64, on `batches` batches of one shape, nothing random in it, nothing evaluated; under sync in the
     folder `run`. Where micro-batches would change what a layer computes, a batch is a single one."""
     settings = config.replace(
@@ -69,12 +76,13 @@ def prepared(job: Job, batches: int, run: Path) -> Job:
     )
     if _norms(job.model()):
         settings = config.replace(settings, sync={"schedule": "gpipe", "microbatches": 1})
-    return replace(
+    exact = replace(
         job,
         config=settings,
         model=lambda: _exact(job.model()),
         task=lambda: _first(job.task(), batches, settings.train.seed),
     )
+    return Prepared(**vars(exact), aside=tuple(f"{name} = {value}" for name, value in job.config.wire.changed.items()))
 
 
 def work(job: Job, resume: bool = False) -> Path:
@@ -115,6 +123,8 @@ def _conditions(job: Job) -> list[str]:
             f"        {normed[0]} is a BatchNorm{f' (and {len(normed) - 1} more)' * (len(normed) > 1)}, which sees one "
             "micro-batch at a time under sync, and so differs by nature: compared with one a batch"
         )
+    if isinstance(job, Prepared) and job.aside:
+        lines.append(f"        left aside: {', '.join(job.aside)}; what is rounded or missing differs by nature")
     return lines
 
 
@@ -177,4 +187,4 @@ def _norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
 
 
-__all__ = ["Difference", "difference", "plain", "prepared", "read", "work"]
+__all__ = ["Difference", "Prepared", "difference", "plain", "prepared", "read", "work"]

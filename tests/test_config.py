@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dnipipe.config import Config, build, default, describe, flat, load, replace, shared_settings
+from dnipipe.config import Config, build, default, describe, flat, load, replace, shared_settings, under
 from dnipipe.errors import CheckpointError, ConfigError
 from dnipipe.folders import check_unused, new_run, newest_run, write_config
 
@@ -44,6 +44,16 @@ def test_a_run_that_changes_its_rule_leaves_behind_what_the_old_one_began_with(t
     again = load(write_config(tmp_path, local), ["--rule.name", "blend"])
     assert (again.rule.stash, again.rule.lookahead, again.predictor.matching) == (True, 10, 0.0)
     assert load(run, ["--train.seed", "1"]).rule.correction == 0.7
+
+
+@pytest.mark.parametrize("name", ["sync", "wait"])
+def test_the_same_run_under_another_rule_has_the_wire_as_it_begins(name: str) -> None:
+    """Fewer gradients are for the rule that only learns from them, and sync's tensors go by torch's own way."""
+    few = ["--wire.gradient_every", "4", "--wire.gradient_rows", "0.5", "--wire.gradient_queue", "2"]
+    config = load(None, ["--rule.name", "synthetic", "--wire.activations", "int8", *few])
+    other = under(config, name)
+    assert other.rule.name == name and not other.wire.changed
+    assert config.wire.changed.keys() - {"wire.activations"} == {word[2:] for word in few[::2]}
 
 
 def test_a_rule_that_is_no_name_is_refused_whoever_goes_over_it(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ def test_what_differs_by_nature_is_taken_away(tmp_path: Path) -> None:
     assert model[2].p == 0 and model[0].weight.dtype is torch.float64
 
 
+def test_the_wire_is_as_it_begins_and_that_is_said(tmp_path: Path) -> None:
+    rounded = job_of(load(None, words(wire__activations="int8", wire__gradients="bfloat16")))
+    made = verify.prepared(rounded, 9, tmp_path / "run")
+    assert not made.config.wire.changed
+    assert made.aside == ("wire.activations = int8", "wire.gradients = bfloat16")
+    assert verify.prepared(job_of(load(None, words())), 9, tmp_path / "run").aside == ()
+
+
 @pytest.mark.parametrize("words", [["--batches", "0"], ["--batches", "few"]])
 def test_a_number_of_batches_is_one(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -74,12 +82,14 @@ def test_a_number_of_batches_is_one(words: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.processes
 @pytest.mark.timeout(180)
 def test_the_built_in_model_is_verified_on_the_command_line() -> None:
-    """Whatever the file's rule is, and with Adam."""
-    process = start("verify", *words(model__dropout=0.1, pipeline__stages=2), "--batches", "10")
+    """Whatever the file's rule is, and with Adam; and whatever goes by the wire, which would be the wire's rounding."""
+    wire = {"rule__name": "synthetic", "wire__activations": "int8", "wire__gradient_every": 4}
+    process = start("verify", *words(model__dropout=0.1, pipeline__stages=2, **wire), "--batches", "10")
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, out + err
-    head, wait, sync = out.splitlines()
+    head, aside, wait, sync = out.splitlines()
     assert head == "verify  10 batches in float64, without dropout and optimizer.clip"
+    assert aside.startswith("        left aside: wire.activations = int8, wire.gradient_every = 4; what is rounded")
     assert wait.startswith("wait    2 stages in one process: equal to one process; largest difference 0.0e+00")
     assert sync.startswith("sync    2 processes, 1f1b: equal to one process; largest difference ") and err == ""
 

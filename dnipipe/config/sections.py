@@ -227,6 +227,11 @@ class WireSettings:
         """Whether what arrives is another than what was sent, or less."""
         return replace(self, gradient_queue=0) != WireSettings()
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Setting -> value, of those that are not at their default."""
+        return {f"wire.{key}": value for key, value in vars(self).items() if value != getattr(WireSettings, key)}
+
 
 @dataclass(frozen=True)
 class Service:

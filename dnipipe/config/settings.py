@@ -237,10 +237,14 @@ def phases(rule: Rule) -> list[tuple[int, str]]:
 
 
 def under(config: Config, name: str) -> Config:
-    """The same run under another rule, as that rule begins: what the old one was given, or the laboratory, goes."""
+    """The same run under another rule, as that rule begins: what the old one was given, or the laboratory, goes.
+
+    So does [wire]: what it leaves out only one rule can do without, and a rounded tensor is another one under any.
+    """
     return replace(
         config,
         rule=vars(Rule(name=name)),  # type: ignore[arg-type]
+        wire=vars(WireSettings()),
         pipeline={"window": "auto"},
         train={"on_nan": "stop"},
         transport={"kind": "zmq", "delay": 0},
