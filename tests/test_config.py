@@ -100,6 +100,12 @@ def test_the_embedded_default_is_valid() -> None:
         (["--rule.name", "local", "--rule.then", "9:sync"], "change the rule with --resume"),
         (["--rule.name", "sync", "--transport.kind", "local"], "transport.kind = local with rule.name = sync"),
         (["--rule.name", "sync", "--train.on_nan", "skip"], "train.on_nan = skip with rule.name = sync"),
+        (
+            ["--rule.name", "sync", "--wire.gradients", "int8"],
+            "wire.gradients = int8 with rule.name = sync: torch sends each tensor as it is, and all; leave "
+            "wire.gradients at as is, or use another rule",
+        ),
+        (["--rule.name", "sync", "--wire.gradient_every", "2"], "wire.gradient_every = 2 with rule.name = sync: torch"),
         (["--sync.schedule", "zb"], "sync.schedule = 'zb': expected 1f1b | gpipe"),
         (
             ["--rule.name", "delayed", "--rule.warmup", "9"],

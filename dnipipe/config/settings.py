@@ -145,6 +145,11 @@ class Config:
                     f"rule.{item.name} = {shown} with rule.name = sync: it is for stages that update on their own; "
                     f"leave it at {default}"
                 )
+        for name, value in self.wire.changed.items():
+            raise ConfigError(
+                f"{name} = {value} with rule.name = sync: torch sends each tensor as it is, and all; leave "
+                f"{name} at {getattr(WireSettings, name.partition('.')[2])}, or use another rule"
+            )
         if self.transport.kind == "local":
             raise ConfigError(
                 "transport.kind = local with rule.name = sync: torch.distributed.pipelining needs a process a stage; "
