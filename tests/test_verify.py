@@ -6,6 +6,7 @@ weights     a 1.0   b 2.1   c 4.0      first b, by 0.1; largest 1.0, in c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,44 @@ def test_what_differs_by_nature_is_taken_away(tmp_path: Path) -> None:
     model = made.model()
     assert isinstance(model, nn.Sequential) and isinstance(model[2], nn.Dropout)
     assert model[2].p == 0 and model[0].weight.dtype is torch.float64
+
+
+class Recurrent(nn.Module):
+    """An LSTM's output alone: an edge carries one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.layers(x)[0]
+        return h
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),  # three dropout layers, and attention's own
+        lambda: nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True),
+        Recurrent,
+    ],
+    ids=["encoder", "attention", "lstm"],
+)
+def test_no_layer_drops_anything(layer: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """While the user's own model stays as it is."""
+    theirs = layer()
+    job = verify.replace(job_of(load(None, words())), model=lambda: theirs)
+    ours = verify.prepared(job, 9, tmp_path / "run").model().train()
+    x = torch.randn(4, 5, 8, dtype=torch.float64)
+    inputs = (x, x, x) if isinstance(ours, nn.MultiheadAttention) else (x,)
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found = ours(*inputs)
+        outputs.append(found[0] if isinstance(found, tuple) else found)
+    assert torch.equal(*outputs)
+    dropping = [m for m in theirs.modules() if getattr(m, "dropout", None) in (0.1, 0.5) or getattr(m, "p", 0.0) == 0.1]
+    assert dropping and next(theirs.parameters()).dtype is torch.float32
 
 
 def test_the_wire_is_as_it_begins_and_that_is_said(tmp_path: Path) -> None:
