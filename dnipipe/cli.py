@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dnipipe.config import Config, describe, load, replace, under
+from dnipipe.config import Config, describe, load, replace
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
 from dnipipe.started import LAUNCHED, is_worker
@@ -240,16 +240,18 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
         checkpoint={"every": 0},
         output={"every": 0.2, "quiet": True},
     )
+    both, said = compare.sides(config)
+    print("".join(f"{line}\n" for line in said), end="")
     above = new_run(Path(config.output.dir), f"compare-{path.stem if path else 'default'}")
     sides = {}
-    for name, settings in (("as-it-is", config), ("sync", under(config, "sync"))):
+    for name, settings in both.items():
         folder = above / name
         print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
         command = ["-m", "dnipipe", "train", str(write_config(folder, settings)), f"--output.run={folder}"]
         status = _launched(settings.pipeline.stages, command + ["--debug"] * options.debug, options.debug)
         if status:
             return status
-        sides[name] = compare.side(folder)
+        sides[name] = compare.side(folder, settings.rule.accumulate)
     print("\n".join(compare.report(sides["as-it-is"], sides["sync"], options.batches)))
     return 0
 

@@ -1,8 +1,10 @@
 """`dnipipe compare`: a run as it is and the same under sync, what each came to, and which to choose.
 
-RUN/as-it-is/  ─► Side ─┐
-                        ├─► samples/s, loss and peak memory side by side; a sentence
-RUN/sync/      ─► Side ─┘
+        ┌─► RUN/as-it-is/  ─► Side ─┐
+sides ──┤                           ├─► samples/s, loss and peak memory side by side; a sentence
+        └─► RUN/sync/      ─► Side ─┘
+
+What one of the two cannot do is said before either has trained.
 """
 
 from __future__ import annotations
@@ -12,6 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dnipipe import gloo
+from dnipipe.building import device_of, first_batch
+from dnipipe.config import Config, replace, under
+from dnipipe.errors import ConfigError
+from dnipipe.jobs import job_of
+from dnipipe.loopback import LOOPBACK
+from dnipipe.sync import microbatches
 
 NEAR_RATE = 0.05  # of two rates, and
 NEAR_LOSS = 0.01  # of two losses: a smaller difference may be chance
@@ -36,15 +46,44 @@ class Side:
     late: float | None = None  # samples, mean, that the last stage but one trains until g comes; None: none did
 
 
-def side(run: Path) -> Side:
-    """What the run in this folder came to."""
+def sides(config: Config) -> tuple[dict[str, Config], list[str]]:
+    """What is to be trained, by the name of its folder, and lines that say what was changed for it.
+
+    Raises ConfigError for what sync could not do: else a person would hear of it when the first run is over.
+    """
+    said = []
+    if device_of(config).type != "cpu":
+        config = _on_the_cpu(config)
+        said.append("both on the CPU, for sync sends from the main memory alone (gloo): this says nothing of a GPU")
+    if wire := config.wire.changed:
+        without = ", ".join(f"{name} = {value}" for name, value in wire.items())
+        said.append(f"sync without {without}: torch sends each tensor as it is, and all")
+    sync = under(config, "sync")
+    microbatches(sync.sync, sync.pipeline.stages, len(first_batch(job_of(sync).task())[0]))
+    gloo.device(sync.transport.address or LOOPBACK, sync.security.private_network)
+    return {"as-it-is": config, "sync": sync}, said
+
+
+def _on_the_cpu(config: Config) -> Config:
+    """Both sides of it: a GPU beside a CPU is no comparison. Who asked for the GPU is not given another device."""
+    if config.pipeline.device != "auto":
+        raise ConfigError(
+            f"pipeline.device = {config.pipeline.device}: compare trains under sync too, which sends from the main "
+            "memory alone (gloo); use pipeline.device = cpu"
+        )
+    return replace(config, pipeline={"device": "cpu"})
+
+
+def side(run: Path, accumulate: int) -> Side:
+    """What the run in this folder came to, where a stage updates once in `accumulate` batches."""
     told: dict[str, Any] = json.loads((run / "summary.json").read_text())
     stages = told["stage"]
     text = (run / "metrics" / f"stage-{len(stages) - 1}.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     measured = rate(lines, told["train"]["batches"]) or told["train"]["samples_per_second"]
     updates = stages[-2]["staleness"] if len(stages) > 1 else None
-    late = None if updates is None else updates * told["train"]["samples"] / told["train"]["batches"]
+    an_update = accumulate * told["train"]["samples"] / told["train"]["batches"]  # samples
+    late = None if updates is None else updates * an_update
     return Side(told["rule"], measured, told["eval"]["loss"], tuple(stage["peak_memory"] for stage in stages), late)
 
 
@@ -103,4 +142,4 @@ def _gap(own: Side, sync: Side) -> float:
     return (own.loss - sync.loss) / abs(sync.loss)
 
 
-__all__ = ["Side", "advice", "rate", "report", "side"]
+__all__ = ["Side", "advice", "rate", "report", "side", "sides"]

@@ -35,7 +35,7 @@ def joined(meeting: Rendezvous, run: str, address: str, private: bool = False) -
     _register()
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=meeting.timeout)
-    options._devices = [_device(meeting.host(address), private)]
+    options._devices = [device(meeting.host(address), private)]
     try:
         dist.init_process_group(
             BACKEND,
@@ -56,7 +56,8 @@ def joined(meeting: Rendezvous, run: str, address: str, private: bool = False) -
         dist.destroy_process_group()
 
 
-def _device(host: str, private: bool) -> Any:
+def device(host: str, private: bool) -> Any:
+    """What gloo sends and listens by, on one address of this machine. Raises ConfigError."""
     address = f"tcp://[{host}]:*"
     check_address(address)
     check_reach(address, private, cure="gloo has no keys, so use another rule.name than sync")
@@ -77,4 +78,4 @@ def _group(place: Any, options: Any) -> ProcessGroupGloo:
     return ProcessGroupGloo(place.store, place.group_rank, place.group_size, options)
 
 
-__all__ = ["joined"]
+__all__ = ["device", "joined"]

@@ -12,9 +12,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dnipipe import cli, compare
 from dnipipe.compare import Side
+from dnipipe.config import load
+from dnipipe.errors import ConfigError
 from tests.test_processes import start, words
 
 MIB = 2**20
@@ -93,15 +96,56 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
         "stage": [{"peak_memory": 5 * MIB, "staleness": 2.5}, {"peak_memory": 6 * MIB, "staleness": None}],
     }
     (tmp_path / "summary.json").write_text(json.dumps(told))
-    assert compare.side(tmp_path) == Side("blend", 100.0, 2.0, (5 * MIB, 6 * MIB), 25.0)
+    assert compare.side(tmp_path, 1) == Side("blend", 100.0, 2.0, (5 * MIB, 6 * MIB), 25.0)
+    assert compare.side(tmp_path, 4).late == 100.0  # staleness counts updates, and each is one of four batches
     (tmp_path / "metrics" / "stage-1.jsonl").write_text("")
-    assert compare.side(tmp_path).rate == 7.0  # too short to tell a part of it apart
+    assert compare.side(tmp_path, 1).rate == 7.0  # too short to tell a part of it apart
 
 
 @pytest.mark.parametrize("settings", [["--rule.name=sync"], ["--transport.kind=local"]])
 def test_what_cannot_be_compared_is_refused(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", *settings]) == 2
     assert "compare measures a rule over processes beside sync" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"sync__microbatches": 3},
+            "sync.microbatches = 3 with sync.schedule = 1f1b, 4 stages and batches of 8",
+        ),
+        ({"data__batch": 2}, "it must divide the batch and be at least 4; use larger batches, or gpipe"),
+        ({"transport__address": "192.0.2.1"}, "can be reached by other machines"),
+    ],
+)
+def test_what_sync_cannot_do_is_said_before_anything_is_trained(
+    settings: dict[str, object], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_launched", lambda *arguments: pytest.fail("something was trained"))
+    assert cli.main(["compare", *words(**settings)]) == 2
+    shown = capsys.readouterr()
+    assert says in shown.err and len(shown.err.splitlines()) == 1 and shown.out == ""
+
+
+def test_both_are_trained_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, and nobody has asked for it, that is the CPU, and it is said."""
+    monkeypatch.setattr(compare, "device_of", lambda config: torch.device("cuda", 0))
+    both, said = compare.sides(load(None, words()))
+    assert {name: (one.rule.name, one.pipeline.device) for name, one in both.items()} == {
+        "as-it-is": ("blend", "cpu"),
+        "sync": ("sync", "cpu"),
+    }
+    assert said == ["both on the CPU, for sync sends from the main memory alone (gloo): this says nothing of a GPU"]
+    with pytest.raises(ConfigError, match=r"pipeline.device = cuda: compare trains under sync too.*device = cpu"):
+        compare.sides(load(None, words(pipeline__device="cuda")))
+
+
+def test_what_the_wire_does_to_one_side_alone_is_said() -> None:
+    both, said = compare.sides(load(None, words(rule__name="synthetic", wire__gradient_every=4)))
+    assert said == ["sync without wire.gradient_every = 4: torch sends each tensor as it is, and all"]
+    assert both["as-it-is"].wire.gradient_every == 4 and not both["sync"].wire.changed
+    assert compare.sides(load(None, words()))[1] == []
 
 
 @pytest.mark.processes

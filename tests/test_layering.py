@@ -76,7 +76,7 @@ MAY = {
     "launcher": "loopback started",
     "jobs": "building config data models optim",
     "laboratory": "building data errors session transport worker",
-    "compare": "",
+    "compare": "building config errors gloo jobs loopback sync",
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started verify",
