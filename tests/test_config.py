@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.nn as nn
+import torch.nn.functional as F
 
 from dnipipe.config import Config, build, default, describe, flat, load, replace, shared_settings, under
+from dnipipe.config.rules import READ_BY
+from dnipipe.config.sections import Rule
 from dnipipe.errors import CheckpointError, ConfigError
 from dnipipe.folders import check_unused, new_run, newest_run, write_config
+from dnipipe.gradient_rules import RULES
+from dnipipe.learner import Learner
+from dnipipe.predictors import VFBN
 
 UNLOCKED = ["--rule.name", "synthetic", "--rule.forward_unlock"]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,6 +63,48 @@ def test_the_same_run_under_another_rule_has_the_wire_as_it_begins(name: str) ->
     other = under(config, name)
     assert other.rule.name == name and not other.wire.changed
     assert config.wire.changed.keys() - {"wire.activations"} == {word[2:] for word in few[::2]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--rule.name blend --rule.then 9:delayed --rule.compensate 0.1",
+        "--rule.name wait --rule.then 9:synthetic --rule.warmup 20 --rule.bp_lambda 0.5",
+        "--rule.name local --rule.warmup 20 --wire.activations int8",
+        "--rule.name local --rule.then 9:synthetic --wire.gradients int8",
+        "--rule.name synthetic --rule.trust 0 --rule.warmup_rule scale",
+        "--rule.name synthetic --rule.warmup_rule scale",  # so that rule.trust alone can be tried
+        "--rule.name blend --rule.warmup 20 --rule.reschedule 9",  # what is applied meanwhile comes late
+        "--rule.name delayed --rule.reschedule 9",
+    ],
+)
+def test_what_one_rule_of_a_run_reads_is_let_in(words: str) -> None:
+    load(None, words.split())
+
+
+class Noting:
+    """[rule], and which of its settings were asked for."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule, self.read = rule, set[str]()
+
+    def __getattr__(self, key: str) -> object:
+        self.read.add(key)
+        return getattr(self._rule, key)
+
+
+def test_the_table_of_who_reads_what_is_what_they_read() -> None:
+    read = {}
+    for name in RULES.keys() - {"sync"}:
+        config = load(None, [f"--rule.name={name}"])
+        noting = Noting(dataclasses.replace(config.rule, stash=True))
+        learner = Learner(VFBN(nn.Linear(4, 3), F.cross_entropy, 0.1), 1e-3)
+        RULES[name].build(SimpleNamespace(rule=noting, predictor=config.predictor), lambda: learner)  # type: ignore[arg-type]
+        read[name] = noting.read
+    for key, (readers, _) in READ_BY.items():
+        if key != "lookahead":  # the optimizer's, which asks no rule
+            assert {name for name in read if key in read[name]} == set(readers), key
+    assert set.union(*read.values()) - READ_BY.keys() == {"correction"}
 
 
 def test_a_rule_that_is_no_name_is_refused_whoever_goes_over_it(tmp_path: Path) -> None:
@@ -110,6 +161,37 @@ def test_the_embedded_default_is_valid() -> None:
         (
             ["--rule.name", "delayed", "--rule.warmup", "9"],
             "rule.warmup = 9 with rule.name = delayed: it predicts nothing",
+        ),
+        (["--rule.name", "wait", "--rule.warmup", "9"], "rule.warmup = 9 with rule.name = wait: it predicts nothing"),
+        (
+            ["--rule.name", "delayed", "--rule.then", "9:wait", "--rule.warmup", "9"],
+            "rule.warmup = 9 with rule.name = delayed and rule.then = 9:wait: it predicts nothing",
+        ),
+        (["--rule.name", "wait", "--rule.bp_lambda", "1"], "rule.bp_lambda = 1.0 with rule.name = wait: it mixes no"),
+        (
+            ["--rule.name", "local", "--rule.bp_lambda", "1"],
+            "leave rule.bp_lambda at 0.0, or use rule.name = synth",
+        ),
+        (
+            ["--rule.name", "blend", "--rule.compensate", "10"],
+            "rule.compensate = 10.0 with rule.name = blend: only rule.name = delayed makes up for a gradient's delay",
+        ),
+        (
+            ["--rule.name", "wait", "--rule.warmup_rule", "zero"],
+            "rule.warmup_rule = zero with rule.name = wait: there",
+        ),
+        (
+            ["--rule.name", "local", "--rule.warmup", "9", "--rule.warmup_rule", "zero"],
+            "rule.warmup_rule = zero with rule.name = local",
+        ),
+        (
+            ["--rule.name", "local", "--rule.reschedule", "9"],
+            "rule.reschedule = 9 with rule.name = local: no update",
+        ),
+        (["--rule.name", "blend", "--rule.reschedule", "9"], "leave rule.reschedule at 0, or use rule.name = delayed"),
+        (
+            ["--rule.name", "local", "--wire.gradients", "int8"],
+            "wire.gradients = int8 with rule.name = local: no grad",
         ),
         (["--rule.name", "local", "--rule.lookahead", "3"], "rule.lookahead = 3 with rule.name = local"),
         (["--rule.name", "delayed", "--rule.bp_lambda", "1"], "rule.bp_lambda = 1.0 with rule.name = delayed"),

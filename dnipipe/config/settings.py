@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from dnipipe.config.rules import check_rules, phases, shown, waits
 from dnipipe.config.sections import (
     PRESETS,
     Checkpoints,
@@ -75,8 +76,7 @@ class Config:
             )
         if "sync" in rules:
             self._check_sync()
-        self._check_rule()
-        self._check_meanwhile()
+        check_rules(self)
         self._check_schedule()
         self._check_wire()
         if self.model.name == "transformer" and self.model.width % self.model.heads:
@@ -99,6 +99,11 @@ class Config:
         """Only what teaches may be left out: a gradient that would be applied is needed for each batch."""
         rule, wire, default = self.rule, self.wire, WireSettings()
         names = {name for _, name in phases(rule)}
+        if wire.gradients != default.gradients and names == {"local"}:
+            raise ConfigError(
+                f"wire.gradients = {wire.gradients} with rule.name = local: no gradient travels; leave wire.gradients "
+                f"at {default.gradients}, or use another rule"
+            )
         for key in ("gradient_every", "gradient_rows", "gradient_queue"):
             value, usual = getattr(wire, key), getattr(default, key)
             if value == usual:
@@ -109,7 +114,7 @@ class Config:
                     f"wire.{key} = {value} with rule.name = {rule.name}{then}: it does not only learn from "
                     f"gradients; leave wire.{key} at {usual}, or use rule.name = synthetic"
                 )
-            if rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
+            if waits(rule):
                 raise ConfigError(
                     f"wire.{key} = {value} with rule.warmup_rule = wait: it applies each gradient meanwhile; use "
                     "rule.warmup_rule = zero, local or scale"
@@ -140,10 +145,9 @@ class Config:
         for item in fields(Rule):
             value = getattr(self.rule, item.name)
             if item.name != "name" and value != item.default:
-                shown, default = (str(v).lower() if isinstance(v, bool) else v for v in (value, item.default))
                 raise ConfigError(
-                    f"rule.{item.name} = {shown} with rule.name = sync: it is for stages that update on their own; "
-                    f"leave it at {default}"
+                    f"rule.{item.name} = {shown(value)} with rule.name = sync: it is for stages that update on their "
+                    f"own; leave it at {shown(item.default)}"
                 )
         for name, value in self.wire.changed.items():
             raise ConfigError(
@@ -165,80 +169,6 @@ class Config:
                 f"train.on_nan = {self.train.on_nan} with rule.name = sync: every stage would have to know of such a "
                 "loss before it steps; use train.on_nan = stop"
             )
-
-    def _check_rule(self) -> None:
-        rule, names = self.rule, {name for _, name in phases(self.rule)}
-        if names == {"delayed"} and rule.warmup:
-            raise ConfigError(
-                f"rule.warmup = {rule.warmup} with rule.name = delayed: it predicts nothing that must warm up; "
-                "leave rule.warmup at 0, or use rule.name = blend"
-            )
-        if rule.stash and not names & {"delayed", "blend"}:
-            raise ConfigError(
-                f"rule.stash = true with rule.name = {rule.name}: only rule.name = delayed and blend have a use for "
-                "old weights"
-            )
-        if rule.compensate and not rule.stash:
-            raise ConfigError(
-                f"rule.compensate = {rule.compensate} without the weights it is computed from: set rule.stash = true"
-            )
-        if rule.trust > -1 and not names & {"synthetic", "blend"}:
-            raise ConfigError(
-                f"rule.trust = {rule.trust} with rule.name = {rule.name}: it uses no prediction of what arrives; leave "
-                "rule.trust at -1, or use rule.name = synthetic"
-            )
-        if rule.forward_unlock:
-            self._check_unlocked()
-        if rule.p_update < 1 and rule.accumulate > 1:
-            raise ConfigError(
-                f"rule.p_update = {rule.p_update} with rule.accumulate = {rule.accumulate}: batches that are left out "
-                "make an update of fewer than it is averaged over; set one of the two to 1"
-            )
-        if rule.lookahead and not names & {"delayed", "blend"}:
-            raise ConfigError(
-                f"rule.lookahead = {rule.lookahead} with rule.name = {rule.name}: it applies no gradient late; leave "
-                "rule.lookahead at 0, or use rule.name = blend"
-            )
-        if rule.bp_lambda and names == {"delayed"}:
-            raise ConfigError(
-                f"rule.bp_lambda = {rule.bp_lambda} with rule.name = delayed: it predicts nothing; leave "
-                "rule.bp_lambda at 0, or use rule.name = synthetic"
-            )
-
-    def _check_meanwhile(self) -> None:
-        if self.rule.warmup_rule == "local" and self.predictor.name != "vfbn":
-            raise ConfigError(
-                f"rule.warmup_rule = local with predictor.name = {self.predictor.name}: it has no loss of its own; use "
-                "predictor.name = vfbn, or rule.warmup_rule = wait, zero or scale"
-            )
-
-    def _check_unlocked(self) -> None:
-        """What arrives was taken at the next stage's guess of this stage's output: to be learnt from, not applied."""
-        rule, unlocked = self.rule, "with rule.forward_unlock = true: "
-        if self.pipeline.stages == 1:
-            raise ConfigError(f"pipeline.stages = 1 {unlocked}there is no input to guess; use more stages, or false")
-        applied = "the gradient that arrives is of a guessed input, and would be applied; "
-        names = {name for _, name in phases(rule)}
-        if other := sorted(names - {"synthetic", "local"}):
-            raise ConfigError(f"rule.name = {other[0]} {unlocked}{applied}use rule.name = synthetic or local")
-        if "synthetic" in names and rule.warmup_rule == "wait" and (rule.warmup or rule.trust > -1):
-            way = "use rule.warmup_rule = zero, local or scale"
-            raise ConfigError(f"rule.warmup_rule = wait {unlocked}{applied}{way}")
-
-
-def phases(rule: Rule) -> list[tuple[int, str]]:
-    """(first batch id, rule) of each part of a run, in order; the first from 1 on. Raises ConfigError."""
-    known = get_args(get_type_hints(Rule)["name"])
-    found: list[tuple[int, str]] = [(1, rule.name)]
-    for part in filter(None, (word.strip() for word in rule.then.split(","))):
-        start, _, name = part.partition(":")
-        if not start.isdecimal() or int(start) <= found[-1][0] or name not in known:
-            raise ConfigError(
-                f"rule.then = {rule.then!r}: {part!r} should be BATCH:RULE, a batch id above {found[-1][0]} and one of "
-                f"{', '.join(known)}"
-            )
-        found.append((int(start), name))
-    return found
 
 
 def under(config: Config, name: str) -> Config:
