@@ -142,6 +142,7 @@ def test_the_embedded_default_is_valid() -> None:
         (["--pipeline.window", "0"], "pipeline.window = 0: expected at least 1"),
         (["--pipeline.window", "big"], "pipeline.window = 'big': expected a whole number or auto"),
         (["--pipeline.boundaries", "1,x"], "pipeline.boundaries = '1,x': expected a list of whole numbers"),
+        (["--pipeline.boundaries", "1.5"], "pipeline.boundaries = '1.5': expected a list of whole numbers"),
         (["--pipeline.boundaries", "1"], "pipeline.boundaries = [1] cuts 2 stages, but pipeline.stages = 4"),
         (["--rule.name", "wait", "--pipeline.window", "4"], "pipeline.window = 4 with rule.name = wait"),
         (["--rule.name", "sync", "--pipeline.window", "4"], "pipeline.window = 4 with rule.name = sync"),
@@ -291,6 +292,8 @@ def test_what_is_wrong_is_named(words: list[str], message: str) -> None:
         ("train = 3\n", "train = 3 is a section, not a setting"),
         ("epochs = 3\n", "unknown section [epochs]"),
         ("[train\n", "is not valid TOML"),
+        ('[service]\naddresses = "a:1"\n', "service.addresses = 'a:1': expected a list of texts"),
+        ("[service]\naddresses = [7000]\n", "service.addresses = (7000,): expected a list of texts"),
     ],
 )
 def test_a_file_is_checked_alike(tmp_path: Path, text: str, message: str) -> None:
@@ -299,6 +302,16 @@ def test_a_file_is_checked_alike(tmp_path: Path, text: str, message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load(path)
     assert message in str(caught.value)
+
+
+def test_a_list_of_texts_is_read_from_either_source(tmp_path: Path) -> None:
+    words = ["--service.addresses", "10.0.0.1:7000, [::1]:7001,/run/stage-2"]
+    listed = load(None, words)
+    assert listed.service.addresses == ("10.0.0.1:7000", "[::1]:7001", "/run/stage-2")
+    assert load(write_config(tmp_path, listed)).service.addresses == listed.service.addresses
+    assert load(None, ["--service.addresses", ""]).service.addresses == ()
+    kinds = {name: kind for name, kind, *_ in describe()}
+    assert (kinds["service.addresses"], kinds["optimizer.drops"]) == ("a list of texts", "a list of whole numbers")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

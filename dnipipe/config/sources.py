@@ -138,7 +138,8 @@ def _parse(name: str, text: str) -> Any:
     hint = hints(kind).get(key) if kind else None
     try:
         if get_origin(hint) is tuple:
-            return tuple(int(part) for part in text.split(",") if part)
+            item = get_args(hint)[0]
+            return tuple(item(part.strip()) for part in text.split(",") if part.strip())
         for option in get_args(hint) if get_origin(hint) is Union else (hint,):
             if option is bool:
                 return {"true": True, "false": False}.get(text.lower(), text)

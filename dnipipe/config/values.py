@@ -51,7 +51,7 @@ def name_of(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(get_args(hint))
     if get_origin(hint) is tuple:
-        return "a list of whole numbers"
+        return {int: "a list of whole numbers", str: "a list of texts"}[get_args(hint)[0]]
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
 
 
