@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from dnipipe.config import Config, build, default, describe, flat, load, replace, shared_settings, under
 from dnipipe.config.rules import READ_BY
-from dnipipe.config.sections import Rule
+from dnipipe.config.sections import LONGEST, Rule
 from dnipipe.errors import CheckpointError, ConfigError
 from dnipipe.folders import check_unused, new_run, newest_run, write_config
 from dnipipe.gradient_rules import RULES
@@ -373,6 +374,22 @@ def test_stages_may_differ_in_paths_and_display_only() -> None:
         "output.tensorboard",
         "output.every",
     }
+
+
+def test_no_wait_is_longer_than_can_be_waited() -> None:
+    """Seconds end as milliseconds, in a C int, or as a timedelta: neither knows infinity."""
+    timed = [name for name, kind, _, help in describe() if kind == "a number" and "seconds" in help]
+    assert timed == [
+        "transport.timeout",
+        *(f"service.{key}" for key in ("patience", "silence", "hung", "save_every")),
+        "output.every",
+    ]
+    for name in timed:
+        for value in ("inf", "1e7"):
+            with pytest.raises(ConfigError, match=rf"{name} = {float(value)}: expected .* and at most 1000000\.0"):
+                load(None, [f"--{name}={value}"])
+        load(None, [f"--{name}={LONGEST}"])
+    assert 1000 * LONGEST < 2**31 and timedelta(seconds=LONGEST)
 
 
 def test_every_setting_explains_itself() -> None:

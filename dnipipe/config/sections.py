@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union
 
+LONGEST = 1e6  # seconds of any wait, eleven days: in milliseconds still what poll() takes, 31 bits
+
 
 def setting(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, local: bool = False
@@ -201,7 +203,7 @@ class TransportSettings:
     delay: int = setting(0, "local: batches that a message is under way on each hop", low=0)
     scheme: Literal["auto", "ipc", "tcp"] = setting("auto", "auto: ipc on one machine, tcp between machines")
     address: str = setting("", "this machine's address for tcp (empty: the one that reaches the master)", local=True)
-    timeout: float = setting(120.0, "longest wait for a neighbour, seconds", low=0.1)
+    timeout: float = setting(120.0, "longest wait for a neighbour, seconds", low=0.1, high=LONGEST)
     max_message: int = setting(256, "largest tensor on the wire, MiB", low=1)
 
 
@@ -241,12 +243,19 @@ class Service:
     unguided_batches: int = setting(
         200, "batches that a stage trains by its predictor while the next stage is away; then it waits", low=0
     )
-    patience: float = setting(600.0, "seconds that a stage waits for an absent neighbour, then it ends", low=0.1)
-    silence: float = setting(
-        10.0, "seconds, at least, after which a connected stage that says nothing is taken for hung", low=0.5
+    patience: float = setting(
+        600.0, "seconds that a stage waits for an absent neighbour, then it ends", low=0.1, high=LONGEST
     )
-    hung: float = setting(60.0, "seconds without progress after which a stage's own process ends", low=0.5)
-    save_every: float = setting(30.0, "seconds between two savings of a stage's own state", low=0.1)
+    silence: float = setting(
+        10.0,
+        "seconds, at least, after which a connected stage that says nothing is taken for hung",
+        low=0.5,
+        high=LONGEST,
+    )
+    hung: float = setting(
+        60.0, "seconds without progress after which a stage's own process ends", low=0.5, high=LONGEST
+    )
+    save_every: float = setting(30.0, "seconds between two savings of a stage's own state", low=0.1, high=LONGEST)
     restarts: int = setting(20, "times that a stage which died is started again", low=0, local=True)
 
 
@@ -271,6 +280,10 @@ class Output:
     quiet: bool = setting(False, "print only the result", local=True)
     tensorboard: bool = setting(False, "also write TensorBoard files (extra: tensorboard)", local=True)
     every: float = setting(
-        1.0, "seconds between two lines of metrics; the table has one a second at most", low=0.05, local=True
+        1.0,
+        "seconds between two lines of metrics; the table has one a second at most",
+        low=0.05,
+        high=LONGEST,
+        local=True,
     )
     trace: bool = setting(False, "also write what each moment was spent on, for `dnipipe trace`")
