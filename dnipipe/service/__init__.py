@@ -2,5 +2,6 @@
 
 supervisor ─► session ─► keeper (a Worker) ─► links (edges that outlast a neighbour)
                  │          ├─► ledger      what it did with each batch
+                 │          ├─► absence     how long it has waited for a neighbour
                  └─► place  └─► script      stage 0's
 """

@@ -4,6 +4,7 @@ next stage away     each batch under way, and each new one, is answered here: no
                     learning from its predictor, for at most `unguided` batches; then it takes no more until the
                     neighbour is back. Evaluations are answered as lost.
 stage before away   nothing comes: it waits. What it would send up is dropped; none of it is needed for ever.
+too long away       who has trained all that it may, and then waited for `patience`, ends, and so do all others.
 back                stage k tells k+1 the agreement again, and that the run has ended, if it has.
 at the end          a stage stays until stage 0 says farewell: who returns late must find what was already said.
 
@@ -31,6 +32,7 @@ from dnipipe.messages import (
     Report,
     Stop,
 )
+from dnipipe.service.absence import Absence
 from dnipipe.service.ledger import Ledger
 from dnipipe.service.links import Gone, Links
 from dnipipe.transport import Side
@@ -39,6 +41,7 @@ from dnipipe.worker import Worker
 LOST = torch.empty(0, dtype=torch.float64)  # in the place of an answer that will never come
 HUNG = 4.0  # times the longest of a neighbour's recent silences, after which it is taken for hung
 STOOD = 2.0  # seconds for one turn of the loop, above which it did not listen: a long step, or it was stopped
+TURN = 1.0  # seconds, at most, for which the loop waits before it looks around again
 NEWS = 5.0  # seconds between two lines about a neighbour that stays away
 
 
@@ -51,6 +54,7 @@ class Keeper(Worker):
 
     Args:
         links: its edges; what `transport` is made of. agreement: for the next stage, whenever it comes.
+        total: the last batch id of the run.
         unguided: batches that it trains while the next stage is away. patience: seconds that it waits for a neighbour.
         silence: seconds, at least, after which a connected neighbour that says nothing is taken for hung.
         save_own: writes the stage's own state. save_every: seconds between two.
@@ -66,6 +70,7 @@ class Keeper(Worker):
         links: Links,
         ledger: Ledger,
         agreement: Agreed,
+        total: int,
         unguided: int,
         patience: float,
         silence: float,
@@ -78,8 +83,9 @@ class Keeper(Worker):
     ) -> None:
         super().__init__(*arguments, **{**options, "timeout": patience})
         self.links, self.ledger, self.agreement = links, ledger, agreement
-        self.unguided, self.patience, self.silence = unguided, patience, silence
+        self.total, self.unguided, self.patience, self.silence = total, unguided, patience, silence
         self.save_own, self.over, self.save_every, self.alive, self.say = save_own, over, save_every, alive, say
+        self.absence = Absence(self.index, patience)
         self.alone = 0  # batches trained since the next stage went away
         self.answers: deque[Message] = deque()  # what the next stage would have said, made here
         self.final_reports: dict[int, Report] = {}
@@ -89,6 +95,7 @@ class Keeper(Worker):
         self._next_news = 0.0
         links.events.clear()  # what they told is known here
         for side in self._neighbours:
+            self.absence.gone(side)
             if links.up(side):
                 self._back(side)
 
@@ -118,9 +125,14 @@ class Keeper(Worker):
             for why, count in self.metrics.skipped.items():
                 if count > skipped.get(why, 0):
                     self.ledger.skipped(getattr(message, "batch", 0), why)
+        if trains or (isinstance(message, Evaluation) and self.stage.last_batch < self.total):
+            self.absence.worked()
 
     def _room(self) -> bool:
         return super()._room() and (self.stage.last or self.links.up(Side.NEXT) or self.alone < self.unguided)
+
+    def _until_due(self) -> float:
+        return min(TURN, super()._until_due())
 
     def _sides(self, room: bool) -> list[Side]:
         """Also the stage before, where it has to be greeted, or its farewell is all that is to come."""
@@ -189,6 +201,7 @@ class Keeper(Worker):
                 self._back(side)
 
     def _gone(self, side: Side, why: str) -> None:
+        self.absence.gone(side)
         stage = self.index + (1 if side is Side.NEXT else -1)
         waiting = sorted(self.stage.pending) if side is Side.NEXT else []
         self.ledger.gone(stage, why, waiting)
@@ -201,6 +214,7 @@ class Keeper(Worker):
         self.say(f"{why}; going on alone for {self.unguided} batches (service.unguided_batches), then waiting for it")
 
     def _back(self, side: Side) -> None:
+        self.absence.back(side)
         stage = self.index + (1 if side is Side.NEXT else -1)
         self.ledger.back(stage, self.links.last_of(side) if side is Side.NEXT else None)
         if side is Side.NEXT:
@@ -224,12 +238,14 @@ class Keeper(Worker):
             self.say(f"metrics are not written: {error.strerror}")
 
     def _tick(self) -> None:
-        super()._tick()
-        self.alive()
         now = time.monotonic()
         stood, self._turned = now - self._turned, now
         if stood > STOOD:
             self.links.stood(stood)
+            self.absence.stood(stood)
+        self.absence.check(self._needed())
+        super()._tick()
+        self.alive()
         if now >= self._next_save:
             self._next_save = now + self.save_every
             self.save_own()
@@ -237,6 +253,12 @@ class Keeper(Worker):
             self._next_news = now + NEWS
             left = self.unguided - self.alone
             self.say(f"stage {self.index + 1} is away: {max(0, left)} batches left to train without it")
+
+    def _needed(self) -> list[Side]:
+        """Neighbours without which the run cannot end; who only has to hear the farewell has a limit of its own."""
+        if self.finished:
+            return []
+        return [side for side in self._neighbours if not (self.stopping and side is Side.PREVIOUS)]
 
     def _judge(self) -> None:
         """Whether the next stage hangs."""

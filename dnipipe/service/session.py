@@ -112,6 +112,7 @@ def _keeping(
         "links": links,
         "ledger": ledger,
         "agreement": Agreed(torch.frombuffer(bytearray(text), dtype=torch.uint8)),
+        "total": agreed.total,
         "unguided": service.unguided_batches if settings.rule.name in GUIDES else 0,
         "patience": service.patience,
         "silence": service.silence,

@@ -10,13 +10,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dnipipe.errors import HandshakeError
-from dnipipe.messages import Activation, Agreed, Answer, Checkpoint, Evaluation, Farewell, Gradient, Message, Stop
+from dnipipe.errors import HandshakeError, WaitTimeout
+from dnipipe.messages import (
+    Activation,
+    Agreed,
+    Answer,
+    Checkpoint,
+    Evaluation,
+    Farewell,
+    Gradient,
+    Message,
+    Report,
+    Stop,
+)
 from dnipipe.metrics import JsonLines
 from dnipipe.service.keeper import Keeper
 from dnipipe.service.links import Event, Gone, Up
@@ -107,6 +119,7 @@ class Stand:
             links=self.links,
             ledger=self.book,
             agreement=AGREED,
+            total=5,
             unguided=unguided,
             patience=30.0,
             silence=10.0,
@@ -117,6 +130,8 @@ class Stand:
             say=self.said.append,
             report_every=NEVER,
         )
+        self.clock = SimpleNamespace(now=0.0)
+        self.keeper.absence.now = lambda: self.clock.now  # one that the test moves
         self.links.log.clear()
 
     def previous(self, *messages: Message) -> None:
@@ -292,6 +307,59 @@ def test_who_comes_is_told_what_it_missed(stand: Callable[[int], Stand]) -> None
     one.turn(1)
     heard = [got[1] for _ in range(9) if (got := one.ends[2].receive([Side.PREVIOUS], 0.0))]
     assert [type(each) for each in heard] == [Agreed, Agreed, Stop]  # at the start, and anew
+
+
+def evaluation(number: int) -> Evaluation:
+    return Evaluation(number, torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_evaluations_of_the_end_that_are_lost_again_and_again_do_not_make_it_wait_for_ever(
+    stand: Callable[[int], Stand],
+) -> None:
+    one = stand(100)
+    one.links.goes(Side.NEXT)
+    one.previous(*batches(1, 5))  # the run's last one among them
+    one.turn(12)
+    with pytest.raises(WaitTimeout, match=r"^stage 1 waited 30 s for stage 2, which is away"):
+        for number in range(1, 20):
+            one.clock.now += 2.0
+            one.previous(evaluation(number))
+            one.turn(3)
+    assert one.trained() == [1, 2, 3, 4, 5] and one.clock.now == 30.0
+
+
+def test_as_long_as_it_trains_alone_it_does_not_wait(stand: Callable[[int], Stand]) -> None:
+    """And evaluations before the end belong to that."""
+    one = stand(100)
+    one.links.goes(Side.NEXT)
+    for batch in range(1, 4):
+        one.clock.now += 20.0
+        one.previous(*batches(batch, batch))
+        one.turn(3)
+        one.clock.now += 20.0
+        one.previous(evaluation(batch))
+        one.turn(3)
+    assert one.trained() == one.alone() == [1, 2, 3]
+
+
+def test_reports_from_behind_do_not_hide_that_the_stage_before_is_away(stand: Callable[[int], Stand]) -> None:
+    one = stand(100)
+    one.links.goes(Side.PREVIOUS)
+    with pytest.raises(WaitTimeout, match=r"^stage 1 waited 30 s for stage 0, which is away"):
+        for _ in range(20):
+            one.turn(2)
+            one.clock.now += 2.0
+            one.next(Report(2, 0, {}))
+
+
+def test_at_the_end_the_stage_before_is_not_needed(stand: Callable[[int], Stand]) -> None:
+    """What it still owes is its farewell, and that has a limit of its own."""
+    one = stand(100)
+    one.keeper.stopping = True
+    one.links.goes(Side.PREVIOUS)
+    one.turn(2)
+    one.clock.now += 100.0
+    one.turn(2)
 
 
 def test_the_agreement_of_another_run_is_refused(stand: Callable[[int], Stand]) -> None:
