@@ -54,6 +54,7 @@ class Keeper(Worker):
 
     Args:
         links: its edges; what `transport` is made of. agreement: for the next stage, whenever it comes.
+        first: what was heard before there was a Keeper.
         total: the last batch id of the run.
         unguided: batches that it trains while the next stage is away. patience: seconds that it waits for a neighbour.
         silence: seconds, at least, after which a connected neighbour that says nothing is taken for hung.
@@ -79,12 +80,14 @@ class Keeper(Worker):
         save_every: float,
         alive: Callable[[], None],
         say: Callable[[str], None],
+        first: tuple[Side, Message] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **{**options, "timeout": patience})
         self.links, self.ledger, self.agreement = links, ledger, agreement
         self.total, self.unguided, self.patience, self.silence = total, unguided, patience, silence
         self.save_own, self.over, self.save_every, self.alive, self.say = save_own, over, save_every, alive, say
+        self.first = first
         self.absence = Absence(self.index, patience)
         self.alone = 0  # batches trained since the next stage went away
         self.answers: deque[Message] = deque()  # what the next stage would have said, made here
@@ -108,6 +111,9 @@ class Keeper(Worker):
             answer = self.answers.popleft()
             if self._asked(answer):  # the real one may have come after all
                 return answer
+        if self.first:
+            (side, heard), self.first = self.first, None
+            return self._received(side, heard, waited=False, room=True)
         message = super()._next()
         if message is None:  # all that had come was heard before
             self._judge()

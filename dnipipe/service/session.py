@@ -26,7 +26,7 @@ from dnipipe.data import Task
 from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerStopped, WaitTimeout
 from dnipipe.expected import expected
 from dnipipe.greeting import check_settings
-from dnipipe.messages import Agreed
+from dnipipe.messages import Agreed, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.opening import edges_of
 from dnipipe.service.keeper import AskedToEnd, Keeper
@@ -41,6 +41,8 @@ from dnipipe.transport import Side
 
 GUIDES = ("synthetic", "blend", "local")  # rules with which a stage learns without the next one
 KEEP = 2  # of its own states
+
+Heard = tuple[Side, Message]
 
 
 def serve(job: Job, index: int) -> Path:
@@ -77,8 +79,9 @@ def _serve(job: Job, index: int) -> Path:
         ledger = Ledger(place.folder / NAME, place.incarnation, _restore(stage, agreed, place))
         stack.callback(ledger.close)
         links.last = stage.last_batch = ledger.last
+        first: Heard | None = None
         if not stage.last and (index == 0 or place.incarnation == 1):
-            known = _wait(links, Side.NEXT, settings.service.patience)
+            known, first = _wait(links, Side.NEXT, settings.service.patience)
             stage.last_batch = max(ledger.last, known if index == 0 else 0)  # no id is trained twice, by no stage
         agreed = replace(agreed, start=stage.last_batch, folder=str(run))
         heads = head_of(settings, tasks[0], agreed, stage.metrics, PatientHead) if tasks else None
@@ -89,7 +92,7 @@ def _serve(job: Job, index: int) -> Path:
                 conclude(job, tasks[0], agreed, head)
             place.ended()
 
-        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger), over=over)
+        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger), over=over, first=first)
         worker = stack.enter_context(worker_of(settings, agreed, stage, links, head, kind))
         try:
             with interruptible(worker):
@@ -234,16 +237,18 @@ def _read(agreed: Agreed, place: Place) -> Agreement:
     return found
 
 
-def _wait(links: Links, side: Side, patience: float) -> int:
-    """Until that neighbour is there; the last batch id that it has trained."""
+def _wait(links: Links, side: Side, patience: float) -> tuple[int, Heard | None]:
+    """Until that neighbour is there; the last batch id that it has trained, and what it said right behind its greeting,
+    if that came with it: at the end of a run its last report, which it says but once.
+    """
     _say(links.stage, f"waiting for stage {links.stage + 1}")
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        links.receive([side], 1.0)
+        got = links.receive([side], 1.0)
         while links.events:
             event = links.events.popleft()[1]
             if isinstance(event, Up) and links.up(side):
-                return event.link.last
+                return event.link.last, got
     raise WaitTimeout(_waited(links.stage, links.stage + 1, patience))
 
 

@@ -105,7 +105,7 @@ class Book:
 class Stand:
     """Stage 1 of 3 as a Keeper; its neighbours are in the test's hands, and there."""
 
-    def __init__(self, folder: Path, unguided: int) -> None:
+    def __init__(self, folder: Path, unguided: int, first: tuple[Side, Message] | None = None) -> None:
         self.ends = pipeline(3, timeout=30.0)
         self.links, self.book, self.said = FakeLinks(self.ends[1]), Book(), []  # type: ignore[var-annotated]
         stage = make_stages(modules_of(3), synthetic, partial(torch.optim.SGD, lr=0.1))[1]
@@ -128,6 +128,7 @@ class Stand:
             save_every=NEVER,
             alive=nothing,
             say=self.said.append,
+            first=first,
             report_every=NEVER,
         )
         self.clock = SimpleNamespace(now=0.0)
@@ -161,8 +162,8 @@ class Stand:
 def stand(tmp_path: Path) -> Iterator[Callable[[int], Stand]]:
     made: list[Stand] = []
 
-    def make(unguided: int = 100) -> Stand:
-        made.append(Stand(tmp_path, unguided))
+    def make(unguided: int = 100, first: tuple[Side, Message] | None = None) -> Stand:
+        made.append(Stand(tmp_path, unguided, first))
         return made[-1]
 
     yield make
@@ -367,6 +368,15 @@ def test_the_agreement_of_another_run_is_refused(stand: Callable[[int], Stand]) 
     one.previous(Agreed(torch.tensor([9], dtype=torch.uint8)))
     with pytest.raises(HandshakeError, match="stage 1 belongs to another run than stage 0"):
         one.turn(2)
+
+
+def test_a_last_report_that_was_heard_before_the_loop_began_counts(stand: Callable[..., Stand]) -> None:
+    """Whoever said it does not say it again: this stage would wait for it, and that one for the farewell."""
+    one = stand(100, (Side.NEXT, Report(2, 5, final=True)))
+    one.previous(Stop(5), Farewell(5))
+    one.keeper.run()
+    reports = [got[1] for _ in range(9) if (got := one.ends[0].receive([Side.NEXT], 0.0))]
+    assert [each.stage for each in reports if isinstance(each, Report) and each.final] == [2, 1]
 
 
 def test_the_end_waits_for_the_farewell_and_hands_it_on(stand: Callable[[int], Stand]) -> None:
