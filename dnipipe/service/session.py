@@ -7,6 +7,7 @@ serve(job, k):  its folder ─► listen, connect ─► the agreement: its own,
 from __future__ import annotations
 
 import faulthandler
+import os
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ from dnipipe import checkpoint
 from dnipipe.building import Job, build_stage, check_model
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
-from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerStopped, WaitTimeout
+from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerLost, PeerStopped, WaitTimeout
 from dnipipe.expected import expected
 from dnipipe.greeting import check_settings
 from dnipipe.messages import Agreed, Message
@@ -64,12 +65,13 @@ def _serve(job: Job, index: int) -> Path:
     if place.over:
         _say(index, f"the run in {run} is over: for another one, name another output.run")
         return run
+    watch = _Watch(place, settings.service.hung, index)
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
     with ExitStack() as stack:
         links = stack.enter_context(_opened(settings, index, place.incarnation))
-        agreed = _agreement(job, model, tasks, place, links)
+        agreed = _agreement(job, model, tasks, place, links, watch)
         check_settings(shared_settings(settings), agreed.settings, f"stage {index}", "the run that it belongs to")
         links.run_id, links.fits = agreed.run_id, expected(agreed.plan, settings.wire, index)
         check_model(model, agreed.plan, index)
@@ -81,7 +83,7 @@ def _serve(job: Job, index: int) -> Path:
         links.last = stage.last_batch = ledger.last
         first: Heard | None = None
         if not stage.last and (index == 0 or place.incarnation == 1):
-            known, first = _wait(links, Side.NEXT, settings.service.patience)
+            known, first = _wait(links, settings.service.patience, watch)
             stage.last_batch = max(ledger.last, known if index == 0 else 0)  # no id is trained twice, by no stage
         agreed = replace(agreed, start=stage.last_batch, folder=str(run))
         heads = head_of(settings, tasks[0], agreed, stage.metrics, PatientHead) if tasks else None
@@ -92,22 +94,20 @@ def _serve(job: Job, index: int) -> Path:
                 conclude(job, tasks[0], agreed, head)
             place.ended()
 
-        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger), over=over, first=first)
+        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger, watch), over=over, first=first)
         worker = stack.enter_context(worker_of(settings, agreed, stage, links, head, kind))
-        try:
-            with interruptible(worker):
-                worker.run()
-        except AskedToEnd:
-            saved = "saved" if _save(stage, agreed, place) else "not saved"
-            _say(index, f"asked to end: {saved} at batch {stage.last_batch}, ends; the others go on without it")
-            return run
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        with watch:
+            try:
+                with interruptible(worker):
+                    worker.run()
+            except AskedToEnd:
+                saved = "saved" if _save(stage, agreed, place) else "not saved"
+                _say(index, f"asked to end: {saved} at batch {stage.last_batch}, ends; the others go on without it")
     return run
 
 
 def _keeping(
-    settings: Config, agreed: Agreement, stage: Stage, place: Place, links: Links, ledger: Ledger
+    settings: Config, agreed: Agreement, stage: Stage, place: Place, links: Links, ledger: Ledger, watch: _Watch
 ) -> dict[str, Any]:
     service = settings.service
     text = replace(agreed, start=0, folder="").to_json().encode()
@@ -121,25 +121,40 @@ def _keeping(
         "silence": service.silence,
         "save_own": partial(_save, stage, agreed, place),
         "save_every": service.save_every,
-        "alive": _Watch(place, service.hung).alive,
+        "alive": watch.alive,
         "say": partial(_say, stage.index),
     }
 
 
 class _Watch:
-    """Tells that the loop goes round. When it has not for `hung` seconds, stacks are printed and the process ends: in
-    a thread of C's own, so also while the interpreter is held."""
+    """Tells that a loop goes round. When it has not for `hung` seconds, stacks are printed and the process ends: in
+    a thread of C's own, so also while the interpreter is held. Ends the stage, too, if another process has its place,
+    or the one that started it is gone: nobody would end it.
 
-    def __init__(self, place: Place, hung: float) -> None:
-        self.place, self.hung, self._next = place, hung, 0.0
+    `every`: seconds, at most, for which a loop may wait. Behind a `with`, what is done may take its time.
+    """
+
+    def __init__(self, place: Place, hung: float, stage: int) -> None:
+        self.place, self.hung, self.stage, self._next = place, hung, stage, 0.0
+        self.every = min(1.0, hung / 4)
+        self.parent = os.getppid()
+
+    def __enter__(self) -> None:
+        self._next = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
         now = time.monotonic()
-        if now >= self._next:
-            self._next = now + min(1.0, self.hung / 4)
-            self.place.check()
-            self.place.touch()
-            faulthandler.dump_traceback_later(self.hung, exit=True)
+        if now < self._next:
+            return
+        self._next = now + self.every
+        if os.getppid() != self.parent:
+            raise PeerLost(f"stage {self.stage} ends: the process that started it is gone")
+        self.place.check()
+        self.place.touch()
+        faulthandler.dump_traceback_later(self.hung, exit=True)
 
 
 def _say(stage: int, line: str) -> None:
@@ -205,7 +220,9 @@ def _opened(settings: Config, index: int, incarnation: int) -> Iterator[Links]:
         links.close()
 
 
-def _agreement(job: Job, model: torch.nn.Module, tasks: list[Task], place: Place, links: Links) -> Agreement:
+def _agreement(
+    job: Job, model: torch.nn.Module, tasks: list[Task], place: Place, links: Links, watch: _Watch
+) -> Agreement:
     """What stage 0 has decided for all: kept since an earlier start, made now, or heard from the stage before."""
     if links.stage == 0:
         if not place.agreement:
@@ -217,14 +234,12 @@ def _agreement(job: Job, model: torch.nn.Module, tasks: list[Task], place: Place
         return agreed
     if place.agreement:
         return Agreement.from_json(place.agreement)
-    _say(links.stage, f"waiting for stage {links.stage - 1}")
-    deadline = time.monotonic() + job.config.service.patience
-    while time.monotonic() < deadline:
-        got = links.receive([Side.PREVIOUS], 1.0)
-        links.events.clear()
-        if got and isinstance(got[1], Agreed):
-            return _read(got[1], place)
-    raise WaitTimeout(_waited(links.stage, links.stage - 1, job.config.service.patience))
+    with watch:
+        for got in _turns(links, Side.PREVIOUS, job.config.service.patience, watch):
+            links.events.clear()
+            if got and isinstance(got[1], Agreed):
+                return _read(got[1], place)
+    raise AssertionError("a wait ends with what it is for, or an error")
 
 
 def _read(agreed: Agreed, place: Place) -> Agreement:
@@ -237,23 +252,30 @@ def _read(agreed: Agreed, place: Place) -> Agreement:
     return found
 
 
-def _wait(links: Links, side: Side, patience: float) -> tuple[int, Heard | None]:
-    """Until that neighbour is there; the last batch id that it has trained, and what it said right behind its greeting,
+def _wait(links: Links, patience: float, watch: _Watch) -> tuple[int, Heard | None]:
+    """Until the next stage is there; the last batch id that it has trained, and what it said right behind its greeting,
     if that came with it: at the end of a run its last report, which it says but once.
     """
-    _say(links.stage, f"waiting for stage {links.stage + 1}")
+    with watch:
+        for got in _turns(links, Side.NEXT, patience, watch):
+            while links.events:
+                event = links.events.popleft()[1]
+                if isinstance(event, Up) and links.up(Side.NEXT):
+                    return event.link.last, got
+    raise AssertionError("a wait ends with what it is for, or an error")
+
+
+def _turns(links: Links, side: Side, patience: float, watch: _Watch) -> Iterator[Heard | None]:
+    """What comes from that neighbour, or None when there is something else to look at. Raises WaitTimeout."""
+    other = links.stage + (1 if side is Side.NEXT else -1)
+    _say(links.stage, f"waiting for stage {other}")
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        got = links.receive([side], 1.0)
-        while links.events:
-            event = links.events.popleft()[1]
-            if isinstance(event, Up) and links.up(side):
-                return event.link.last, got
-    raise WaitTimeout(_waited(links.stage, links.stage + 1, patience))
-
-
-def _waited(stage: int, other: int, patience: float) -> str:
-    return f"stage {stage} waited {patience:g} s (service.patience) for stage {other}, which never came: start it"
+        watch.alive()
+        yield links.receive([side], watch.every)
+    raise WaitTimeout(
+        f"stage {links.stage} waited {patience:g} s (service.patience) for stage {other}, which never came: start it"
+    )
 
 
 __all__ = ["serve"]

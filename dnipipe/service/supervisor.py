@@ -5,6 +5,9 @@ the same within 10 s of its start               again, after 1, 2, 4 … 30 s
 0: the run is over, or another process took its place      ends
 2: a setting must be mended                                 ends, and so does its status
 3: it waited too long for a neighbour                       ends
+
+SIGTERM, Ctrl-C, and the end of the terminal (SIGHUP) are the stage's: it saves, and both end. The stage is in a session
+of its own, so that it hears of none of them twice; and it looks who its parent is: if this one is killed, it ends.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
             raise _AskedToEnd
         child.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, end) for number in _asking()}
     wait = 0.0
     try:
         for left in range(restarts, -1, -1):
@@ -64,6 +67,12 @@ def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
             child.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _asking() -> list[signal.Signals]:
+    """Signals that ask it to end. Under nohup the end of the terminal is none of them."""
+    hears = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hears]
 
 
 def _cause(status: int) -> str:

@@ -8,10 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from dnipipe.service.ledger import unexplained
+from dnipipe.service.place import unhealthy
 from tests.service.conftest import Services
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
@@ -43,6 +45,16 @@ def test_stages_start_in_any_order_and_train_every_batch(services: Make) -> None
     assert 1 < run.loss() < 6
     stages = json.loads((run.run / "summary.json").read_text())["stage"]
     assert all(stage["seconds"]["serialize"] > 0 for stage in stages)
+
+
+def test_a_stage_that_waits_at_its_start_is_alive_and_ends_with_its_supervisor(services: Make) -> None:
+    run = services(60)
+    for stage in (0, 1):  # who decides waits for the next stage, who does not for what was decided
+        run.start(stage)
+        run.until("it waits, and is alive", lambda stage=stage: not unhealthy(run.run, stage, 60.0))  # type: ignore[misc]
+        pid = run.pid(stage)
+        os.kill(run.supervisors[stage].pid, signal.SIGKILL)
+        run.until("it ends", lambda pid=pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
 
 
 def test_the_others_go_on_while_a_stage_is_dead_and_it_comes_back(services: Make) -> None:

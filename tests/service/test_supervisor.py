@@ -83,21 +83,33 @@ def test_restarts_are_used_up(tmp_path: Path, waits: list[float], capfd: pytest.
     assert "service.restarts is used up" in capfd.readouterr().err
 
 
-def test_sigterm_is_passed_on_and_nothing_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_wish_to_end_is_passed_on_and_nothing_stays(tmp_path: Path, number: int) -> None:
+    """SIGHUP is one: the terminal was closed."""
     stage = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); " + (
         "time.sleep(60)"
     )
     code = f"import sys; from dnipipe.service.supervisor import supervise; sys.exit(supervise(['-c', {stage!r}], 1, 5))"
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {code}"  # whoever runs this may ignore it
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 30
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(30) == 0
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "pid").read_text()), 0)
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(("before", "asks"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_under_nohup_the_end_of_the_terminal_is_no_wish(before: signal.Handlers, asks: bool) -> None:
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        assert (signal.SIGHUP in supervisor._asking()) is asks
+    finally:
+        signal.signal(signal.SIGHUP, own)
