@@ -93,6 +93,7 @@ class Keeper(Worker):
         self.answers: deque[Message] = deque()  # what the next stage would have said, made here
         self.final_reports: dict[int, Report] = {}
         self.finished = self.farewell = False
+        self._stays = 0.0  # when it goes without a farewell
         self._turned = time.monotonic()  # when the loop last came round
         self._next_save = self._turned + save_every
         self._next_news = 0.0
@@ -221,6 +222,7 @@ class Keeper(Worker):
 
     def _back(self, side: Side) -> None:
         self.absence.back(side)
+        self._waiting_since = None  # who comes has as long as ever to say something
         stage = self.index + (1 if side is Side.NEXT else -1)
         self.ledger.back(stage, self.links.last_of(side) if side is Side.NEXT else None)
         if side is Side.NEXT:
@@ -231,6 +233,7 @@ class Keeper(Worker):
                 self.links.send(side, Stop(self.stage.last_batch))
         else:
             self.say(f"stage {stage} is there")
+            self._stays = time.monotonic() + self.patience
             for report in self.final_reports.values():
                 self.links.send(side, report)
 
@@ -290,9 +293,11 @@ class Keeper(Worker):
         self.finished = True
         self.ledger.ended()
         self.save_own()
-        deadline = time.monotonic() + self.patience
-        while self.index > 0 and not self.farewell and time.monotonic() < deadline:
+        self._stays = time.monotonic() + self.patience
+        while self.index > 0 and not self.farewell and time.monotonic() < self._stays:
             message = self._next()
+            if isinstance(message, Evaluation):  # stage 0 has come back, and asks once more
+                self._stays = time.monotonic() + self.patience
             if isinstance(message, Stop):
                 self._stop(message)
             elif message is not None and not self._is_final(message):

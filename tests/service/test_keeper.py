@@ -5,6 +5,7 @@ before ──► stage 1 of 3 ──► behind       FakeLinks: the same ends as
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from dnipipe import worker
 from dnipipe.errors import HandshakeError, WaitTimeout
 from dnipipe.messages import (
     Activation,
@@ -30,6 +32,7 @@ from dnipipe.messages import (
     Stop,
 )
 from dnipipe.metrics import JsonLines
+from dnipipe.service import keeper
 from dnipipe.service.keeper import Keeper
 from dnipipe.service.links import Event, Gone, Up
 from dnipipe.transport import AT_EASE, Side
@@ -391,6 +394,43 @@ def test_the_end_waits_for_the_farewell_and_hands_it_on(stand: Callable[[int], S
     one.keeper.run()
     assert one.links.log[-2:] == ["over", "to next: Farewell 1"]
     assert ("ended",) in one.book.lines
+
+
+def test_who_comes_back_at_the_end_is_waited_for_as_long_as_ever(
+    stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 0 died before its summary; it is back within the limit, evaluates, and dies and comes once more."""
+    one = stand(100)
+    clock = SimpleNamespace(now=time.monotonic())
+    for module in (keeper, worker):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def jump(then: Callable[[], object]) -> Callable[[], None]:
+        def later() -> None:
+            clock.now += 20.0  # of 30
+            then()
+            one.links.wake()
+
+        return later
+
+    def returns() -> None:
+        one.links.goes(Side.PREVIOUS)
+        one.links.comes(Side.PREVIOUS)
+
+    steps = [returns, lambda: one.previous(evaluation(1)), returns, lambda: one.previous(Farewell(5))]
+    one.previous(Stop(5))
+    one.next(Report(2, 5, final=True))
+
+    def begins() -> None:
+        if one.keeper.finished and not one.links.late and steps:
+            one.links.late.append(jump(steps.pop(0)))
+
+    one.links.before_receive = begins
+    one.links.after_send = lambda side, message: [
+        one.next(word) for word in [answer(message)] if word and side is Side.NEXT and isinstance(message, Evaluation)
+    ]
+    one.keeper.run()
+    assert "over" in one.links.log and steps == []
 
 
 def test_without_a_farewell_the_run_is_not_known_to_be_over(stand: Callable[[int], Stand]) -> None:
