@@ -291,7 +291,7 @@ class Worker:
 
     def _whom(self, seconds: float) -> str:
         """Who waited for whom, since when, and the last batch id of both."""
-        behind = self.stage.in_flight > 0 or self.stopping
+        behind = self.index == 0 or (not self.stage.last and (self.stage.in_flight > 0 or self.stopping))
         side, whom = (Side.NEXT, self.index + 1) if behind else (Side.PREVIOUS, self.index - 1)
         what = f"an answer to batch {min(self.stage.pending, default=self.stage.last_batch)}" if behind else "a batch"
         return (

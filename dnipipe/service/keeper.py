@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dnipipe.errors import HandshakeError, PeerStopped, WaitTimeout
+from dnipipe.errors import HandshakeError, NonFiniteLoss, PeerStopped, WaitTimeout
 from dnipipe.messages import (
     Activation,
     Agreed,
@@ -192,8 +192,10 @@ class Keeper(Worker):
             super().send(message)
 
     def _tell(self, error: BaseException) -> None:
-        """A stage that fails is missed, and comes back: only one that gave up, or heard of it, ends the others."""
-        if isinstance(error, (WaitTimeout, PeerStopped)):
+        """A stage that fails is missed, and comes back: only one that gave up, or heard of it, ends the others; or that
+        has met with a NaN and is to stop: it would again, and who sent it trains on without a use.
+        """
+        if isinstance(error, (WaitTimeout, PeerStopped, NonFiniteLoss)):
             super()._tell(error)
 
     # -- neighbours --------------------------------------------------------------------------------------------

@@ -24,7 +24,16 @@ from dnipipe import checkpoint
 from dnipipe.building import Job, build_stage, check_model
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
-from dnipipe.errors import CheckpointError, GaveUp, HandshakeError, MessageError, PeerLost, PeerStopped, WaitTimeout
+from dnipipe.errors import (
+    CheckpointError,
+    GaveUp,
+    HandshakeError,
+    MessageError,
+    NonFiniteLoss,
+    PeerLost,
+    PeerStopped,
+    WaitTimeout,
+)
 from dnipipe.expected import expected
 from dnipipe.greeting import check_settings
 from dnipipe.messages import Agreed, Message
@@ -54,7 +63,7 @@ def serve(job: Job, index: int) -> Path:
     """
     try:
         return _serve(job, index)
-    except (WaitTimeout, PeerStopped, HandshakeError) as error:
+    except (WaitTimeout, PeerStopped, HandshakeError, NonFiniteLoss) as error:
         raise GaveUp(str(error)) from error
 
 

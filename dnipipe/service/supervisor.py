@@ -4,7 +4,7 @@ crash, kill, hang (the process ends itself)     again, at once; it goes on from 
 the same within 10 s of its start               again, after 1, 2, 4 … 30 s
 0: the run is over, or another process took its place      ends
 2: a setting must be mended                                 ends, and so does its status
-3: it waited too long for a neighbour                       ends
+3: it waited too long for a neighbour, or met with a NaN    ends
 
 SIGTERM, Ctrl-C, and the end of the terminal (SIGHUP) are the stage's: it saves, and both end. The stage is in a session
 of its own, so that it hears of none of them twice; and it looks who its parent is: if this one is killed, it ends.

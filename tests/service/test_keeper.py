@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dnipipe import worker
-from dnipipe.errors import HandshakeError, WaitTimeout
+from dnipipe.errors import HandshakeError, NonFiniteLoss, WaitTimeout
 from dnipipe.messages import (
     Activation,
     Agreed,
@@ -364,6 +364,27 @@ def test_at_the_end_the_stage_before_is_not_needed(stand: Callable[[int], Stand]
     one.turn(2)
     one.clock.now += 100.0
     one.turn(2)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(NonFiniteLoss("the loss is nan"), True), (RuntimeError("a crash, after which it comes back"), False)],
+)
+def test_a_nan_that_is_to_stop_the_run_stops_the_others(
+    stand: Callable[..., Stand], error: Exception, told: bool
+) -> None:
+    one = stand(100)
+
+    def fails(module: torch.nn.Module, inputs: object) -> None:
+        raise error
+
+    one.keeper.stage.module.register_forward_pre_hook(fails)
+    one.previous(*batches(1, 1))
+    with pytest.raises(type(error)):
+        one.keeper.run()
+    for end, side in ((0, Side.NEXT), (2, Side.PREVIOUS)):
+        heard = [got[1] for _ in range(9) if (got := one.ends[end].receive([side], 0.0))]
+        assert [each.reason for each in heard if isinstance(each, Stop)] == [f"stage 1: {error}"] * told
 
 
 def test_the_agreement_of_another_run_is_refused(stand: Callable[[int], Stand]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from dnipipe import checkpoint
-from dnipipe.errors import Replaced
+from dnipipe.errors import GaveUp, HandshakeError, NonFiniteLoss, PeerLost, PeerStopped, Replaced, RunError, WaitTimeout
 from dnipipe.service import session
 from dnipipe.service.place import Place
+from dnipipe.service.supervisor import FINAL
 from tests.checkpoint.disk import die_at
 from tests.checkpoint.states import folders, small
 
@@ -23,6 +24,25 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(session, "state_of", lambda stage, plan: small(stage.last_batch, stages=1)[0])
     place, agreed = Place.taken(tmp_path, 1), SimpleNamespace(plan=None)
     return lambda batch: session._save(SimpleNamespace(index=1, last_batch=batch), agreed, place)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [WaitTimeout, PeerStopped, HandshakeError, NonFiniteLoss])
+def test_what_another_start_would_meet_again_is_no_crash(monkeypatch: pytest.MonkeyPatch, kind: type[RunError]) -> None:
+    job: Any = None
+
+    def fails(error: RunError) -> None:
+        def serves(*_: object) -> Path:
+            raise error
+
+        monkeypatch.setattr(session, "_serve", serves)
+
+    fails(kind("as it was"))
+    with pytest.raises(GaveUp, match=r"^as it was$") as raised:
+        session.serve(job, 1)
+    assert raised.value.exit_status in FINAL
+    fails(PeerLost("its starter is gone"))
+    with pytest.raises(PeerLost):
+        session.serve(job, 1)
 
 
 def newest(run: Path) -> int:

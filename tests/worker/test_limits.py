@@ -62,6 +62,17 @@ def test_no_last_report_from_behind(bench: Make) -> None:
         one.worker.run()
 
 
+@pytest.mark.parametrize(
+    ("index", "stopping", "named"),
+    [(0, False, "stage 1"), (0, True, "stage 1"), (2, False, "stage 1"), (2, True, "stage 1")],
+)
+def test_who_is_named_is_there(bench: Make, index: int, stopping: bool, named: str) -> None:
+    """Stage 0 has nobody before it, the last stage nobody behind, whatever they wait for."""
+    one = bench(index=index)
+    one.worker.stopping = stopping
+    assert f" from {named} (" in one.worker._whom(20.0)
+
+
 def test_how_long_it_was_is_told(bench: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """From when the stage had nothing more to do, by a clock that jumps."""
     clock = SimpleNamespace(now=1000.0)
