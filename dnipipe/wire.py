@@ -84,9 +84,7 @@ def unpack(values: Tensor, scale: Tensor | None, form: Form | None, dtype: torch
     """
     if form and values.dtype != form.dtype:
         raise MessageError(f"{where}: {values.dtype} came, the settings in [wire] make it {form.dtype}")
-    scaled = form is not None and form.largest is not None
-    fits = scale is not None and scale.dtype == torch.float32 and scale.shape == _scales(values.shape)
-    if not (fits if scaled else scale is None):
+    if not scale_fits(values, scale, form):
         came = "no scale" if scale is None else f"a scale {scale.dtype} {tuple(scale.shape)}"
         raise MessageError(f"{where}: {came} came for {values.dtype} {tuple(values.shape)}")
     if form is None:
@@ -94,6 +92,13 @@ def unpack(values: Tensor, scale: Tensor | None, form: Form | None, dtype: torch
     if scale is None:
         return values.to(dtype)
     return values.to(torch.promote_types(dtype, torch.float32)).mul_(scale).to(dtype)
+
+
+def scale_fits(values: Tensor, scale: Tensor | None, form: Form | None) -> bool:
+    """Whether values of this form came with the scales that they need, and with none if they need none."""
+    if form is None or form.largest is None:
+        return scale is None
+    return scale is not None and scale.dtype == torch.float32 and scale.shape == _scales(values.shape)
 
 
 def _scales(shape: torch.Size) -> torch.Size:
@@ -183,4 +188,4 @@ class Wire:
         self.inner.close()
 
 
-__all__ = ["FORMS", "Form", "Wire", "form_of", "pack", "some", "unpack"]
+__all__ = ["FORMS", "Form", "Wire", "form_of", "pack", "scale_fits", "some", "unpack"]

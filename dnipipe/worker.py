@@ -114,9 +114,13 @@ class Worker:
             message.batch if isinstance(message, (Activation, Input, Labels, Gradient, Checkpoint)) else 0
         )
         with self.metrics.clock.span("keep"):
-            for out in self.stage.handle(message):
+            for out in self._outs(message):
                 self.send(out)
         self.metrics.clock.batch = 0
+
+    def _outs(self, message: Message) -> Iterator[Message]:
+        """What the stage yields because of it."""
+        return self.stage.handle(message)
 
     # -- sending -----------------------------------------------------------------------------------------------
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import torch
 
-from dnipipe.errors import HandshakeError, NonFiniteLoss, PeerStopped, WaitTimeout
+from dnipipe.errors import HandshakeError, MessageError, NonFiniteLoss, PeerStopped, WaitTimeout
+from dnipipe.expected import WRONG
 from dnipipe.messages import (
     Activation,
     Agreed,
@@ -31,6 +32,7 @@ from dnipipe.messages import (
     Message,
     Report,
     Stop,
+    Upward,
 )
 from dnipipe.service.absence import Absence
 from dnipipe.service.ledger import Ledger
@@ -158,7 +160,27 @@ class Keeper(Worker):
         if got is not None and not self._asked(got):
             self.links.dropped["an answer to what an older connection brought"] += 1
             return None
+        if isinstance(got, Activation) and got.batch <= self.stage.last_batch:  # before it stands in the ledger
+            self._refuse(side, f"batch {got.batch} came after batch {self.stage.last_batch}")
+            return None
         return got
+
+    def _outs(self, message: Message) -> Iterator[Message]:
+        """A message that the stage will not have costs its sender the connection, and not this stage its life."""
+        asked = self.stage.pending.get(message.batch) if isinstance(message, Gradient) else None
+        try:
+            yield from super()._outs(message)
+        except MessageError as error:
+            side = Side.NEXT if isinstance(message, get_args(Upward)) else Side.PREVIOUS
+            if side not in self._neighbours:
+                raise  # it is of stage 0's own script
+            if isinstance(message, Gradient) and asked:
+                self.stage.pending[message.batch] = asked  # still owed, and answered as all are when its sender goes
+            self._refuse(side, str(error))
+
+    def _refuse(self, side: Side, why: str) -> None:
+        self.links.dropped.note(WRONG, why)
+        self.links.give_up(side, f"{self.links.names[side]} sent what was not agreed on: {why}")
 
     def _asked(self, message: Message) -> bool:
         """Whether it is no answer, or one to what is under way here: this process may be another than the one that

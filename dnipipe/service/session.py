@@ -34,7 +34,7 @@ from dnipipe.errors import (
     PeerStopped,
     WaitTimeout,
 )
-from dnipipe.expected import expected
+from dnipipe.expected import demanded, expected
 from dnipipe.greeting import check_settings
 from dnipipe.messages import Agreed, Message
 from dnipipe.metrics import StageMetrics
@@ -45,6 +45,7 @@ from dnipipe.service.links import Links, Up
 from dnipipe.service.place import Place, check, check_free, endpoint, own_endpoint
 from dnipipe.service.script import PatientHead
 from dnipipe.session import Agreement, agree, conclude, head_of, interruptible, worker_of
+from dnipipe.split import part
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.transport import Side
@@ -82,8 +83,9 @@ def _serve(job: Job, index: int) -> Path:
         links = stack.enter_context(_opened(settings, index, place.incarnation))
         agreed = _agreement(job, model, tasks, place, links, watch)
         check_settings(shared_settings(settings), agreed.settings, f"stage {index}", "the run that it belongs to")
-        links.run_id, links.fits = agreed.run_id, expected(agreed.plan, settings.wire, index)
         check_model(model, agreed.plan, index)
+        sizes = demanded(part(model, agreed.plan, index), *agreed.plan.h(index - 1)) if index else {}
+        links.run_id, links.fits = agreed.run_id, expected(agreed.plan, settings.wire, index, sizes)
         stage = build_stage(job, model, agreed.plan, index, agreed.total, StageMetrics(index, agreed.plan.stages))
         clock, stage.metrics.dropped = stage.metrics.clock, links.dropped
         links.packing, links.full = clock.span("serialize"), clock.span("wait_send")

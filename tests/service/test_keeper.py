@@ -6,7 +6,7 @@ before ──► stage 1 of 3 ──► behind       FakeLinks: the same ends as
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dnipipe import worker
-from dnipipe.errors import HandshakeError, NonFiniteLoss, WaitTimeout
+from dnipipe.errors import HandshakeError, MessageError, NonFiniteLoss, WaitTimeout
 from dnipipe.messages import (
     Activation,
     Agreed,
@@ -27,6 +27,7 @@ from dnipipe.messages import (
     Evaluation,
     Farewell,
     Gradient,
+    Input,
     Message,
     Report,
     Stop,
@@ -36,6 +37,7 @@ from dnipipe.service import keeper
 from dnipipe.service.keeper import Keeper
 from dnipipe.service.links import Event, Gone, Up
 from dnipipe.transport import AT_EASE, Side
+from dnipipe.transport.dropped import Dropped
 from dnipipe.transport.local import pipeline
 from dnipipe.window import Window
 from tests.conftest import make_stages
@@ -53,7 +55,9 @@ class FakeLinks(Watched):
         super().__init__(*arguments)
         self.events: deque[tuple[Side, Event]] = deque()
         self.there = dict.fromkeys(Side, True)
-        self.dropped: Counter[str] = Counter()
+        self.dropped = Dropped()
+        self.names = {side: f"the {side.value} stage" for side in Side}
+        self.given_up: list[str] = []
 
     def up(self, side: Side) -> bool:
         return self.there[side]
@@ -78,6 +82,7 @@ class FakeLinks(Watched):
         return 0.0
 
     def give_up(self, side: Side, why: str) -> None:
+        self.given_up.append(why)
         self.goes(side)
 
     def stood(self, seconds: float) -> None:
@@ -364,6 +369,65 @@ def test_at_the_end_the_stage_before_is_not_needed(stand: Callable[[int], Stand]
     one.turn(2)
     one.clock.now += 100.0
     one.turn(2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Gradient(2, torch.zeros(4, 7)),
+        Gradient(2, torch.zeros(3, 8)),
+        Gradient(2, torch.zeros(1, 8), samples=torch.tensor([4])),
+        Gradient(2, torch.zeros(1, 8), samples=torch.tensor([0.0])),
+    ],
+)
+def test_a_gradient_that_does_not_fit_its_batch_costs_the_next_stage_its_connection(
+    stand: Callable[..., Stand], wrong: Gradient
+) -> None:
+    """And what it owed is answered as when it had died: the stage before gets its answer, and every batch its place."""
+    one = stand(100)
+    one.previous(*batches(1, 3))
+    one.turn(3)
+    one.next(wrong)
+    one.turn(1)
+    assert one.links.dropped == {"not as agreed": 1} and not one.links.up(Side.NEXT)
+    assert one.links.given_up == [
+        "the next stage sent what was not agreed on: stage 1 did not ask for this gradient of batch 2"
+    ]
+    one.turn(5)
+    assert one.keeper.stage.in_flight == 0 and one.keeper.metrics.skipped == {"no gradient came": 3}
+    assert [line[3] for line in one.book.lines if line[0] == "gone"] == [[1, 2, 3]]
+    one.links.comes(Side.NEXT)
+    one.previous(*batches(4, 4))
+    one.turn(3)
+    assert one.trained() == [1, 2, 3, 4] and one.alone() == []
+
+
+def test_a_batch_that_was_trained_already_is_not_begun_again(stand: Callable[..., Stand]) -> None:
+    one = stand(100)
+    one.previous(*batches(1, 2), *batches(1, 1))
+    one.turn(5)
+    assert one.trained() == [1, 2] and one.links.dropped == {"not as agreed": 1}
+    assert one.links.given_up == ["the previous stage sent what was not agreed on: batch 1 came after batch 2"]
+
+
+def test_a_kind_of_message_that_this_stage_has_no_use_for_is_dropped(stand: Callable[..., Stand]) -> None:
+    one = stand(100)
+    one.previous(Input(1, torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)))
+    one.turn(2)
+    assert one.links.dropped == {"not as agreed": 1} and not one.links.up(Side.PREVIOUS)
+
+
+def test_what_is_too_large_to_be_sent_is_nobody_elses_fault(stand: Callable[..., Stand]) -> None:
+    one = stand(100)
+
+    def too_large(side: Side, message: Message) -> None:
+        if isinstance(message, Activation):
+            raise MessageError("raise transport.max_message")
+
+    one.links.before_send = too_large
+    one.previous(*batches(1, 1))
+    with pytest.raises(MessageError, match=r"max_message"):
+        one.turn(2)
 
 
 @pytest.mark.parametrize(
