@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -15,9 +14,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from dnipipe.children import launched
 from dnipipe.config import Config, describe, load, replace
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
-from dnipipe.folders import INITIAL, check_unused, new_run, newest_run, write_config
+from dnipipe.folders import INITIAL, check_apart, check_unused, new_run, newest_run
 from dnipipe.started import LAUNCHED, is_worker
 
 NEWEST = "newest"
@@ -125,12 +125,6 @@ def _count(word: str) -> int:
     return int(word)
 
 
-def _launched(stages: int, command: list[str], debug: bool) -> int:
-    from dnipipe.launcher import launch  # and torch with it, for which a supervisor or a health check has no use
-
-    return launch(stages, command, debug=debug)
-
-
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config, folder = _configured(options, overrides)
     if is_worker() or config.transport.kind == "local":
@@ -140,12 +134,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return guarded(job_of(config), options.resume is not None, options.debug)[0]
     if options.resume is None:
         check_unused(folder)
-    command = ["-m", "dnipipe", "train", str(write_config(folder, config)), f"--output.run={folder}"]
-    command += ["--resume", str(folder)] * (options.resume is not None) + ["--debug"] * options.debug
-    status = _launched(config.pipeline.stages, command, options.debug)
-    if status == UsageError.exit_status and os.listdir(folder) == ["config.toml"]:
-        shutil.rmtree(folder)  # nothing ever ran in it
-    return status
+    again = ["--resume", str(folder)] * (options.resume is not None)
+    return launched("train", config, folder, *again, debug=options.debug)
 
 
 def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, Path]:
@@ -161,6 +151,8 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
     config = load(resumed / "config.toml" if resumed and path is None else path, overrides)
     name = path.stem if path else "default"
     folder = resumed or Path(config.output.run or new_run(Path(config.output.dir), name))
+    if path and not resumed:
+        check_apart(path, folder)
     quiet = config.output.quiet or options.quiet
     return replace(config, output={"run": str(folder), "quiet": quiet}), folder
 
@@ -211,9 +203,7 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("dnipipe verify starts its processes itself: run it without torchrun")
     with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
         run = Path(folder) / "run"
-        command = ["-m", "dnipipe", "verify", str(write_config(Path(folder), config)), f"--output.run={run}"]
-        command += ["--batches", str(options.batches)] + ["--debug"] * options.debug
-        status = _launched(config.pipeline.stages, command, options.debug)
+        status = launched("verify", config, run, "--batches", str(options.batches), debug=options.debug)
         if status:
             return status
         equal, lines = verify.read(run)
@@ -247,8 +237,7 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
     for name, settings in both.items():
         folder = above / name
         print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
-        command = ["-m", "dnipipe", "train", str(write_config(folder, settings)), f"--output.run={folder}"]
-        status = _launched(settings.pipeline.stages, command + ["--debug"] * options.debug, options.debug)
+        status = launched("train", settings, folder, debug=options.debug)
         if status:
             return status
         sides[name] = compare.side(folder, settings.rule.accumulate)

@@ -10,6 +10,7 @@ from typing import Any
 from dnipipe.config import Config, flat
 from dnipipe.errors import CheckpointError, ConfigError
 
+SETTINGS = "config.toml"
 INITIAL = "initial.safetensors"  # of a run that a script began: the weights that all its processes start with
 
 
@@ -39,6 +40,16 @@ def check_unused(folder: Path) -> None:
         )
 
 
+def check_apart(path: Path, folder: Path) -> None:
+    """Raises ConfigError if the settings were read from what a new run in the folder would write over."""
+    own = folder / SETTINGS
+    if own.exists() and own.samefile(path):
+        raise ConfigError(
+            f"output.run = {folder} would write over {path}, from which the settings were read: name another folder, "
+            f"or continue what is there with --resume {folder}"
+        )
+
+
 def write_config(folder: Path, config: Config) -> Path:
     """The settings as TOML, so that the run can be resumed from its folder, or another one started alike.
 
@@ -54,7 +65,7 @@ def write_config(folder: Path, config: Config) -> Path:
             lines.append(f"\n[{section}]")
         lines.append(f"{name.split('.')[1]} = {_toml(name, value)}")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.toml"
+    path = folder / SETTINGS
     path.write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
     return path
 

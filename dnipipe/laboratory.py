@@ -15,7 +15,7 @@ import torch
 from dnipipe.building import Job
 from dnipipe.data import Task
 from dnipipe.errors import PeerError, RunError
-from dnipipe.session import agree, build, conclude, head_of, interruptible, worker_of
+from dnipipe.session import agree, build, conclude, head_of, interruptible, settle, worker_of
 from dnipipe.transport.laboratory import Laboratory, LaboratoryTransport
 from dnipipe.worker import Worker
 
@@ -32,6 +32,8 @@ def work(job: Job, resume: bool = False) -> Path:
     with ExitStack() as stack:
         lab = Laboratory(stages, settings.transport.delay, timeout=settings.transport.timeout, threads=stages)
         built = [build(job, model, agreed, k) for k in range(stages)]
+        if resume:
+            settle(job, agreed)
         head = stack.enter_context(head_of(settings, tasks[0], agreed, built[0].metrics))
         workers = [
             stack.enter_context(worker_of(settings, agreed, stage, transport, None if stage.index else head))

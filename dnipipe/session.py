@@ -97,6 +97,8 @@ def work(job: Job, resume: bool = False) -> Path:
             transport = stack.enter_context(
                 opened(meeting, settings, agreed.run_id, agreed.plan, Path(sockets.name), stage.metrics)
             )
+        if tasks and resume:
+            settle(job, agreed)
         if isinstance(transport, ApartTransport):
             for side, lower in edges(meeting).items():
                 transport.join(side, meeting.part(f"{transport.way}/{lower}"))
@@ -213,13 +215,22 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
             "raise train.batches or train.epochs to go on"
         )
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    if settings.output.trace:  # of the start before: times of two starts do not make one timeline
+    agreed = Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
+    if not resume:
+        settle(job, agreed)
+        if job.script:
+            safetensors.torch.save_file(_whole(model), folder / INITIAL)
+    return agreed
+
+
+def settle(job: Job, agreed: Agreement) -> None:
+    """Write down what is trained, over what the start before has left. A resumed run is settled once every stage is
+    built: if one refuses the settings, the folder stays as it was, and can be resumed as before."""
+    folder = Path(agreed.folder)
+    if job.config.output.trace:  # times of two starts do not make one timeline
         shutil.rmtree(folder / "trace", ignore_errors=True)
     if not job.script:
-        write_config(folder, settings)
-    elif not resume:
-        safetensors.torch.save_file(_whole(model), folder / INITIAL)
-    return Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
+        write_config(folder, job.config)
 
 
 def _cut_as(found: checkpoint.Checkpoint | None, job: Job, model: nn.Module) -> Job:

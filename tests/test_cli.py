@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from dnipipe import cli
-from dnipipe.config import describe
+from dnipipe.config import Config, describe, load
+from dnipipe.started import LAUNCHED
 from tests.test_processes import words
 
 
@@ -100,3 +102,72 @@ def test_a_mistake_is_one_line_and_status_two(
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "train" in capsys.readouterr().out
+
+
+# -- what a command leaves to the processes it starts ------------------------------------------------------------
+
+
+class Launched:
+    """In the place of the launcher: what it was asked for, the settings as the processes would read them."""
+
+    def __init__(self) -> None:
+        self.status = 2
+        self.commands: list[list[str]] = []
+        self.settings: list[Config] = []
+
+    def __call__(self, stages: int, command: Sequence[str], debug: bool = False) -> int:
+        self.commands.append(list(command))
+        self.settings.append(load(command[3]))
+        assert stages == self.settings[-1].pipeline.stages and command[:2] == ["-m", "dnipipe"]
+        return self.status
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(command[3]) for command in self.commands]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launched]:
+    for name in ("RANK", "WORLD_SIZE", LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    made = Launched()
+    monkeypatch.setattr("dnipipe.launcher.launch", made)
+    yield made
+    assert not [path for path in made.files if path.parent.exists()]  # the settings' own folders are gone
+
+
+@pytest.mark.parametrize("command", ["train", "verify", "compare"])
+def test_the_settings_go_to_the_processes_beside_the_runs_folder(command: str, started: Launched) -> None:
+    assert cli.main([command, "--optimizer.lr=0.5", "--output.dir=runs"]) == 2
+    (settings,) = started.settings
+    assert settings.optimizer.lr == 0.5
+    assert started.commands[0][2] == {"compare": "train"}.get(command, command)
+    assert not list(Path().rglob("config.toml"))
+
+
+def test_a_refused_run_leaves_a_hand_written_file_as_it_was(
+    started: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder of its own, and in the very folder where the run is to be."""
+    Path("exp").mkdir()
+    for name in ("mine.toml", "config.toml"):
+        Path("exp", name).write_text("# by hand\n[pipeline]\nstages = 50\n")
+    assert cli.main(["train", "exp/mine.toml", "--output.run=exp"]) == 2
+    assert len(started.commands) == 1
+    assert cli.main(["train", "exp/config.toml", "--output.run", "exp/../exp"]) == 2
+    assert len(started.commands) == 1  # refused before anything is started
+    assert "output.run = exp/../exp would write over exp/config.toml" in capsys.readouterr().err
+    assert [path.read_text()[:9] for path in Path("exp").iterdir()] == ["# by hand"] * 2
+
+
+def test_a_run_that_was_resumed_in_vain_can_be_resumed_as_before(started: Launched) -> None:
+    base = Path("base")
+    base.mkdir()
+    (base / "config.toml").write_text("[train]\nbatches = 7\n")
+    arguments = ["train", "--resume", "base"]
+    assert cli.main([*arguments, "--pipeline.stages=3", "--pipeline.boundaries=1,9"]) == 2
+    assert started.settings[0].pipeline.boundaries == (1, 9) and "--resume" in started.commands[0]
+    assert (base / "config.toml").read_text() == "[train]\nbatches = 7\n"
+    assert cli.main([*arguments, "base/config.toml"]) == 2  # the same file, and no new run
+    assert started.settings[1].train.batches == 7

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import dnipipe
 from dnipipe import checkpoint, cli
+from dnipipe.config import load
 from tests.conftest import SMALL
 from tests.test_processes import plain, same
 
@@ -214,8 +215,12 @@ def test_another_kind_of_predictor_is_refused(tmp_path: Path, capsys: pytest.Cap
     run = tmp_path / "run"
     train(run, train__batches=5)
     arguments = ["train", "--resume", str(run), "--train.batches=9", "--predictor.hidden=1", "--transport.kind=local"]
+    before = (run / "config.toml").read_bytes()
     assert cli.main(arguments) == 2
     assert "is of another kind than the settings say" in capsys.readouterr().err
+    assert (run / "config.toml").read_bytes() == before
+    assert cli.main(["train", "--resume", str(run), "--train.batches=9"]) == 0  # as if nothing had been tried
+    assert load(run / "config.toml").train.batches == 9
 
 
 class Failing(nn.Linear):

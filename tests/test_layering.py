@@ -80,7 +80,8 @@ MAY = {
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
     "run": "building checkpoint config data errors folders launcher optim predictors process started verify",
-    "cli": "check checkpoint compare config errors folders jobs keys launcher process service started tracing verify",
+    "children": "config folders launcher",
+    "cli": "check checkpoint children compare config errors folders jobs keys process service started tracing verify",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
