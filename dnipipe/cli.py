@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dnipipe.children import launched
-from dnipipe.config import Config, describe, load, replace
+from dnipipe.config import Config, Output, describe, load, replace
 from dnipipe.errors import ConfigError, DnipipeError, UsageError
-from dnipipe.folders import INITIAL, check_apart, check_unused, new_run, newest_run
+from dnipipe.folders import INITIAL, begun, check_apart, newest_run
 from dnipipe.started import LAUNCHED, is_worker
 
 NEWEST = "newest"
@@ -126,20 +126,20 @@ def _count(word: str) -> int:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    config, folder = _configured(options, overrides)
+    config, name = _configured(options, overrides)
+    resume = options.resume is not None
     if is_worker() or config.transport.kind == "local":
         from dnipipe.jobs import job_of
         from dnipipe.process import guarded
 
-        return guarded(job_of(config), options.resume is not None, options.debug)[0]
-    if options.resume is None:
-        check_unused(folder)
-    again = ["--resume", str(folder)] * (options.resume is not None)
-    return launched("train", config, folder, *again, debug=options.debug)
+        return guarded(job_of(config), resume, options.debug, name=name)[0]
+    with begun(config.output, name, resume) as folder:
+        again = ["--resume", str(folder)] * resume
+        return launched("train", config, folder, *again, debug=options.debug)
 
 
-def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, Path]:
-    """The file's settings, the command line's on top, and the folder of the run."""
+def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, str]:
+    """The file's settings, the command line's on top; output.run is a resumed run's. And what a new one is called."""
     path = Path(options.config) if options.config else None
     resumed = None
     if options.resume:
@@ -149,12 +149,14 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
     if resumed and (resumed / INITIAL).exists():
         raise UsageError(f'{resumed} was begun by a script: continue it there, with fit(..., resume="{resumed}")')
     config = load(resumed / "config.toml" if resumed and path is None else path, overrides)
-    name = path.stem if path else "default"
-    folder = resumed or Path(config.output.run or new_run(Path(config.output.dir), name))
-    if path and not resumed:
-        check_apart(path, folder)
-    quiet = config.output.quiet or options.quiet
-    return replace(config, output={"run": str(folder), "quiet": quiet}), folder
+    run = str(resumed) if resumed else config.output.run
+    if path and run and not resumed:
+        check_apart(path, Path(run))
+    return replace(config, output={"run": run, "quiet": config.output.quiet or options.quiet}), _name(path)
+
+
+def _name(path: Path | None) -> str:
+    return path.stem if path else "default"
 
 
 def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -232,15 +234,14 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
     )
     both, said = compare.sides(config)
     print("".join(f"{line}\n" for line in said), end="")
-    above = new_run(Path(config.output.dir), f"compare-{path.stem if path else 'default'}")
     sides = {}
-    for name, settings in both.items():
-        folder = above / name
-        print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
-        status = launched("train", settings, folder, debug=options.debug)
-        if status:
-            return status
-        sides[name] = compare.side(folder, settings.rule.accumulate)
+    with begun(Output(dir=config.output.dir), f"compare-{_name(path)}") as above:
+        for name, settings in both.items():
+            print(f"{name}: {options.batches} batches, rule {settings.rule.name}", flush=True)
+            status = launched("train", settings, above / name, debug=options.debug)
+            if status:
+                return status
+            sides[name] = compare.side(above / name, settings.rule.accumulate)
     print("\n".join(compare.report(sides["as-it-is"], sides["sync"], options.batches)))
     return 0
 

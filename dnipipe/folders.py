@@ -4,24 +4,59 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dnipipe.config import Config, flat
+from dnipipe.config import Config, Output, flat
 from dnipipe.errors import CheckpointError, ConfigError
 
 SETTINGS = "config.toml"
 INITIAL = "initial.safetensors"  # of a run that a script began: the weights that all its processes start with
 
 
-def new_run(parent: Path, name: str) -> Path:
-    """The name of a folder for a run that does not exist yet: PARENT/NAME-DATE-TIME, numbered if need be."""
-    stamp = time.strftime(f"{name}-%Y%m%d-%H%M%S")
+@contextmanager
+def begun(output: Output, name: str, resume: bool = False) -> Iterator[Path]:
+    """The folder of a run: output.run, or a new one, DIR/NAME-DATE-TIME, numbered if need be.
+
+    It is made here and now, so that of runs that begin at once each has its own. At the end it goes again if it was
+    made here and nothing was ever written into it. Raises ConfigError if it holds a run that is not to be resumed.
+    """
+    made = False
+    if resume:
+        folder = Path(output.run)
+    elif output.run:
+        folder = Path(output.run)
+        check_unused(folder)
+        made = _made(folder)
+    else:
+        folder, made = _new(Path(output.dir), name), True
+    try:
+        yield folder
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty: there was a run
+                folder.rmdir()
+
+
+def _new(parent: Path, name: str) -> Path:
+    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         folder = parent / f"{stamp}{suffix}"
-        if not folder.exists():
+        if _made(folder):
             return folder
     raise ConfigError(f"output.dir = {parent} is full of runs begun this second: set output.run")
+
+
+def _made(folder: Path) -> bool:
+    """Make the folder. False if it is there already: of several processes one makes it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def newest_run(parent: Path) -> Path:

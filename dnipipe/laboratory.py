@@ -15,21 +15,22 @@ import torch
 from dnipipe.building import Job
 from dnipipe.data import Task
 from dnipipe.errors import PeerError, RunError
-from dnipipe.session import agree, build, conclude, head_of, interruptible, settle, worker_of
+from dnipipe.session import agree, build, conclude, head_of, interruptible, owned, settle, worker_of
 from dnipipe.transport.laboratory import Laboratory, LaboratoryTransport
 from dnipipe.worker import Worker
 
 END = 10.0  # seconds in which the others must have ended behind stage 0
 
 
-def work(job: Job, resume: bool = False) -> Path:
-    """The whole run. Returns its folder. Raises DnipipeError when it cannot go on."""
+def work(job: Job, resume: bool = False, name: str = "run") -> Path:
+    """The whole run. Returns its folder, called `name` if the settings name none. Raises DnipipeError when it cannot go
+    on."""
     settings, stages = job.config, job.config.pipeline.stages
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []
-    agreed = agree(job, model, tasks, resume)
     with ExitStack() as stack:
+        agreed = agree(stack.enter_context(owned(job, resume, name)), model, tasks, resume)
         lab = Laboratory(stages, settings.transport.delay, timeout=settings.transport.timeout, threads=stages)
         built = [build(job, model, agreed, k) for k in range(stages)]
         if resume:

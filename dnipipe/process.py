@@ -21,10 +21,13 @@ from dnipipe.started import LAUNCHED, is_worker
 Work = Callable[[Job, bool], Path]  # a job, whether to resume it -> the run's folder
 
 
-def guarded(job: Job, resume: bool = False, debug: bool = False, part: Work | None = None) -> tuple[int, Path]:
+def guarded(
+    job: Job, resume: bool = False, debug: bool = False, part: Work | None = None, name: str = "run"
+) -> tuple[int, Path]:
     """Run this process's stage. Returns its exit status and the run's folder, which stage 0 chose.
 
     The status: 0, 2 for what can be mended, 1 for what cannot. part: what is done, if it is not to train the job.
+    name: of a run whose folder the settings do not name.
     """
     folder = Path(job.config.output.run)
     handler = get_error_handler() if is_worker() else None
@@ -32,7 +35,7 @@ def guarded(job: Job, resume: bool = False, debug: bool = False, part: Work | No
         handler.initialize()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        return 0, (part or _training(job.config.transport.kind))(job, resume)
+        return 0, part(job, resume) if part else _training(job.config.transport.kind)(job, resume, name)
     except KeyboardInterrupt:  # before the loop, which ends in order (see Worker.interrupt)
         return 128 + signal.SIGINT, folder
     except Exception as error:
@@ -51,7 +54,7 @@ def guarded(job: Job, resume: bool = False, debug: bool = False, part: Work | No
         return error.exit_status if isinstance(error, DnipipeError) else 1, folder
 
 
-def _training(kind: str) -> Work:
+def _training(kind: str) -> Callable[[Job, bool, str], Path]:
     if kind != "local":
         return work
     if is_worker():

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from dnipipe import checkpoint
 from dnipipe.config import Config, Output, build, replace
 from dnipipe.data import Batches, Task
 from dnipipe.errors import UsageError
-from dnipipe.folders import new_run
+from dnipipe.folders import begun
 from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
 from dnipipe.predictors import Loss
@@ -96,7 +97,7 @@ class Run:
         config = build({**self._settings, "train": {"epochs": epochs, **self._settings.get("train", {})}})
         here = is_worker() or config.transport.kind == "local"
         work = partial(self._train, config, train, validation, resume is not None)
-        return self._read(self._start(work, here, Path(resume) if resume else None))
+        return self._read(self._start(work, here, str(resume) if resume else ""))
 
     def verify(self, train: Batches, batches: int = 20) -> bool:
         """Show that K stages, under sync and under wait, learn what one process with plain autograd learns.
@@ -108,7 +109,7 @@ class Run:
         if is_worker() and not started:
             raise UsageError("Run.verify() starts its processes itself: run the script without torchrun")
         with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
-            run = self._start(partial(self._verify, train, batches), started, Path(folder) / "run")
+            run = self._start(partial(self._verify, train, batches), started, str(Path(folder) / "run"))
             if started:
                 return True  # in a process of a later fit: this was done before
             from dnipipe import verify  # what a launching process has no use for until now
@@ -129,37 +130,44 @@ class Run:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return summary
 
-    def _start(self, work: Callable[[Path], Path], here: bool, folder: Path | None) -> Path:
-        """Have a run's work done: in this process, as one of its stages, or else in copies of this script.
+    def _start(self, work: Callable[[str], Path], here: bool, folder: str = "") -> Path:
+        """Have a run's work done: in this process, as one of its stages or all of them, or else in copies of this
+        script.
 
-        folder: the run's; None for a new one. Returns it.
+        folder: the run's; "" for a new one, which is for stage 0 to make, or for the process that starts the copies.
+        Returns it.
         """
         global _fits
         _fits += 1
         started = json.loads(os.environ.get(LAUNCHED, "null"))  # the folders of this script's runs, up to the one meant
         if started is not None and _fits < len(started):
-            return Path(started[_fits - 1])  # an earlier fit of the same script: it is done
+            return _of_an_earlier(started[_fits - 1])
         if started is not None:
-            folder = Path(started[-1])
-        folder = folder or new_run(Path(self._settings.get("output", {}).get("dir", Output.dir)), "fit")
-        _folders.append(str(folder))
+            folder = started[-1]
+        _folders.append("")
         if here:
-            folder = work(folder)
+            done = work(folder)
             if started is not None:
                 sys.exit(0)  # what stands behind fit() is for the launching process
-        else:
+            _folders[-1] = str(done)
+            return done
+        with nullcontext(Path(folder)) if folder else begun(self._output(), "fit") as made:
+            _folders[-1] = str(made)
             status = launch(self._settings["pipeline"]["stages"], _own_command(), json.dumps(_folders))
             if status:
                 sys.exit(status)
-        return folder
+        return made
 
-    def _train(self, config: Config, train: Batches, validation: Batches | None, resume: bool, folder: Path) -> Path:
-        return _guarded(self._job(replace(config, output={"run": str(folder)}), train, validation), resume)
+    def _output(self) -> Output:
+        return Output(dir=self._settings.get("output", {}).get("dir", Output.dir))
 
-    def _verify(self, train: Batches, batches: int, folder: Path) -> Path:
+    def _train(self, config: Config, train: Batches, validation: Batches | None, resume: bool, folder: str) -> Path:
+        return _guarded(self._job(replace(config, output={"run": folder}), train, validation), resume)
+
+    def _verify(self, train: Batches, batches: int, folder: str) -> Path:
         from dnipipe import verify
 
-        job = verify.prepared(self._job(build(self._settings), train, None), batches, folder)
+        job = verify.prepared(self._job(build(self._settings), train, None), batches, Path(folder))
         return _guarded(job, part=verify.work)
 
     def _job(self, config: Config, train: Batches, validation: Batches | None) -> Job:
@@ -172,13 +180,20 @@ class Run:
 def _guarded(job: Job, resume: bool = False, part: Work | None = None) -> Path:
     from dnipipe.process import guarded
 
-    status, folder = guarded(job, resume, part=part)
+    status, folder = guarded(job, resume, part=part, name="fit")
     if status:
         sys.exit(status)
     return folder
 
 
-_folders: list[str] = []  # of the runs that this process has begun
+_folders: list[str] = []  # of the runs that this process has begun; "" for one that was refused
+
+
+def _of_an_earlier(folder: str) -> Path:
+    """Of a fit that the launching process has gone through before: it is done, or was refused there as it is here."""
+    if not folder:
+        raise UsageError("this fit was refused in the process that starts the others, which says why")
+    return Path(folder)
 
 
 def _own_command() -> list[str]:

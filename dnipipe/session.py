@@ -35,7 +35,7 @@ from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
-from dnipipe.folders import INITIAL, check_unused, write_config
+from dnipipe.folders import INITIAL, begun, check_unused, write_config
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
 from dnipipe.messages import Hello
@@ -73,10 +73,10 @@ class Agreement:
         return cls(plan=plan, settings=settings, **values)
 
 
-def work(job: Job, resume: bool = False) -> Path:
+def work(job: Job, resume: bool = False, name: str = "run") -> Path:
     """This process's part in the run: one stage, from start to end. Returns the run's folder, which stage 0 chose.
 
-    Raises DnipipeError when the run cannot go on.
+    name: of a run whose folder the settings do not name. Raises DnipipeError when the run cannot go on.
     """
     settings = job.config
     meeting = _met(settings.transport.timeout)
@@ -88,8 +88,12 @@ def work(job: Job, resume: bool = False) -> Path:
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
-    agreed = Agreement.from_json(meeting.agree(lambda: agree(job, model, tasks, resume).to_json()))
     with ExitStack() as stack:
+
+        def decide() -> str:
+            return agree(stack.enter_context(owned(job, resume, name)), model, tasks, resume).to_json()
+
+        agreed = Agreement.from_json(meeting.agree(decide))
         sockets = socket_folder()
         stack.callback(sockets.cleanup)
         with meeting.together("built", f"endpoint/{meeting.rank}"):
@@ -198,8 +202,15 @@ def conclude(job: Job, task: Task, agreed: Agreement, head: Head) -> None:
 # -- what stage 0 decides ----------------------------------------------------------------------------------------
 
 
+@contextmanager
+def owned(job: Job, resume: bool, name: str) -> Iterator[Job]:
+    """The job, with the run's folder made and named in its settings."""
+    with begun(job.config.output, name, resume) as folder:
+        yield replace(job, config=config.replace(job.config, output={"run": str(folder)}))
+
+
 def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreement:
-    """What stage 0 decides; its data, which only it has, goes into `tasks`. Makes the run's folder."""
+    """What stage 0 decides; its data, which only it has, goes into `tasks`. Writes what a new run begins with."""
     settings, task = job.config, job.task()
     folder = Path(settings.output.run)
     if not resume:

@@ -114,10 +114,14 @@ class Launched:
         self.status = 2
         self.commands: list[list[str]] = []
         self.settings: list[Config] = []
+        self.runs: list[Path] = []
+        self.there: list[bool] = []  # the run's folder, when the processes start
 
     def __call__(self, stages: int, command: Sequence[str], debug: bool = False) -> int:
         self.commands.append(list(command))
         self.settings.append(load(command[3]))
+        self.runs.append(Path(command[4].removeprefix("--output.run=")))
+        self.there.append(self.runs[-1].is_dir())
         assert stages == self.settings[-1].pipeline.stages and command[:2] == ["-m", "dnipipe"]
         return self.status
 
@@ -144,6 +148,26 @@ def test_the_settings_go_to_the_processes_beside_the_runs_folder(command: str, s
     assert settings.optimizer.lr == 0.5
     assert started.commands[0][2] == {"compare": "train"}.get(command, command)
     assert not list(Path().rglob("config.toml"))
+
+
+def test_the_launching_process_makes_the_folder_and_takes_it_away_if_nothing_came_of_it(
+    started: Launched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-120000")
+    Path("runs", "default-20260101-120000").mkdir(parents=True)  # another process began in this very second
+    Path("mine").mkdir()
+    assert cli.main(["train"]) == cli.main(["train", "--output.run=mine"]) == cli.main(["compare"]) == 2
+    names = ["default-20260101-120000-2", "mine", "as-it-is"]
+    assert [run.name for run in started.runs] == names and started.there == [True, True, False]
+    assert [path.name for path in Path("runs").iterdir()] == ["default-20260101-120000"] and Path("mine").is_dir()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("run", [[], ["--output.run=runs/mine"]])
+def test_the_laboratory_does_so_too(run: list[str], started: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *words(transport__kind="local", pipeline__stages=9), *run]) == 2
+    assert "9 stages, but the model has only 6 layers" in capsys.readouterr().err
+    assert not started.commands and not list(Path("runs").iterdir())
 
 
 def test_a_refused_run_leaves_a_hand_written_file_as_it_was(

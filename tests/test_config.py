@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from dnipipe.config import Config, build, default, describe, flat, load, replace, shared_settings, under
 from dnipipe.config.rules import READ_BY
 from dnipipe.config.sections import LONGEST, Rule
-from dnipipe.errors import CheckpointError, ConfigError
-from dnipipe.folders import check_unused, new_run, newest_run, write_config
+from dnipipe.errors import ConfigError
+from dnipipe.folders import check_unused, write_config
 from dnipipe.gradient_rules import RULES
 from dnipipe.learner import Learner
 from dnipipe.predictors import VFBN
@@ -345,17 +345,6 @@ def test_a_run_is_not_trained_over(tmp_path: Path, left: str) -> None:
     (tmp_path / left).touch()
     with pytest.raises(ConfigError, match=rf"output.run = {tmp_path} holds a run already: continue it with --resume"):
         check_unused(tmp_path)
-
-
-def test_run_folders_are_new_and_the_newest_saved_is_found(tmp_path: Path) -> None:
-    first = new_run(tmp_path, "default")
-    first.mkdir()
-    assert new_run(tmp_path, "default") != first
-    with pytest.raises(CheckpointError, match=r"no run in .* --resume RUN"):
-        newest_run(tmp_path)
-    (first / "checkpoints" / "00000001").mkdir(parents=True)
-    (first / "checkpoints" / "00000001" / "manifest.json").write_text("{}")
-    assert newest_run(tmp_path) == first
 
 
 def test_stages_may_differ_in_paths_and_display_only() -> None:

@@ -172,7 +172,7 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     job = Job(Config(), *[None] * 4)  # type: ignore[arg-type]  # never looked at
 
     def run(error: Exception | None, debug: bool = False) -> tuple[int, Any]:
-        def work(job: Job, resume: bool) -> Path:
+        def work(job: Job, resume: bool, name: str) -> Path:
             if error is not None:
                 raise error
             return Path("run")

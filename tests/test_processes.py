@@ -269,15 +269,24 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, arguments: list[str], statu
     assert process.returncode == status, err
     assert message in err
     assert "Traceback" not in err and len(err.strip().splitlines()) == 1, err
+    assert (tmp_path / "run").exists() == (status == 1)  # a run that never began leaves nothing behind
 
 
 def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    """Into one new folder, which is stage 0's."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "dnipipe")
-    process = start("train", *words(output__run=run), program=torchrun)
+    process = start("train", *words(output__dir=tmp_path / "runs"), program=torchrun)
     _, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
-    assert set(summary(run)) == {"stages", "rule", "train", "eval", "stage", "versions"}
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("default-") and set(summary(run)) == {
+        "stages",
+        "rule",
+        "train",
+        "eval",
+        "stage",
+        "versions",
+    }
 
 
 def test_stages_of_different_configuration_are_refused(tmp_path: Path) -> None:
@@ -333,3 +342,4 @@ def test_a_users_own_model_runs_as_a_script_and_under_torchrun(tmp_path: Path, l
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     assert out.count("after 60 1800 True True 3 True") == (3 if launcher else 1), out + err
+    assert len(list((tmp_path / "runs").iterdir())) == 2
