@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +15,7 @@ from dnipipe.config import Config, Output, flat
 from dnipipe.errors import CheckpointError, ConfigError
 
 SETTINGS = "config.toml"
+LOCK = "lock"  # held by the run that is at work
 INITIAL = "initial.safetensors"  # of a run that a script began: the weights that all its processes start with
 
 
@@ -57,6 +60,48 @@ def _made(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder meanwhile, resumed ones too. Raises ConfigError if one is at work in it.
+
+    By a lock, which the system takes back from a process that dies, on a file. Where there are no locks (some network
+    file systems), or no file can be made, nobody is kept out.
+    """
+    path = folder / LOCK
+    descriptor = _locked(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    for _ in range(100):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConfigError(
+                f"output.run = {path.parent}: another run is at work in this folder: wait until it has ended, or name "
+                "another folder"
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # the run that had it ended in this moment and took the file away: once more, a new one
+    return None  # a file is never what it was a moment ago: such locks are none
 
 
 def newest_run(parent: Path) -> Path:

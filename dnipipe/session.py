@@ -35,7 +35,7 @@ from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
-from dnipipe.folders import INITIAL, begun, check_unused, write_config
+from dnipipe.folders import INITIAL, alone, begun, check_unused, write_config
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
 from dnipipe.messages import Hello
@@ -204,8 +204,8 @@ def conclude(job: Job, task: Task, agreed: Agreement, head: Head) -> None:
 
 @contextmanager
 def owned(job: Job, resume: bool, name: str) -> Iterator[Job]:
-    """The job, with the run's folder made and named in its settings."""
-    with begun(job.config.output, name, resume) as folder:
+    """The job, with the run's folder made, named in its settings, and this run's alone."""
+    with begun(job.config.output, name, resume) as folder, alone(folder):
         yield replace(job, config=config.replace(job.config, output={"run": str(folder)}))
 
 

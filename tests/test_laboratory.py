@@ -28,6 +28,8 @@ from torch import Tensor
 import dnipipe
 from dnipipe import checkpoint, cli
 from dnipipe.config import load
+from dnipipe.head import Head
+from dnipipe.messages import Message
 from tests.conftest import SMALL
 from tests.test_processes import plain, same
 
@@ -221,6 +223,31 @@ def test_another_kind_of_predictor_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert (run / "config.toml").read_bytes() == before
     assert cli.main(["train", "--resume", str(run), "--train.batches=9"]) == 0  # as if nothing had been tried
     assert load(run / "config.toml").train.batches == 9
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_are_not_at_work_in_one_folder(
+    resume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second begins in the middle of the first."""
+    run = tmp_path / "run"
+    status: list[int] = []
+    again = ["--resume", str(run)] if resume else []
+    words = [f"--{name}={value}" for name, value in OURS.items()]
+
+    def within(head: Head) -> Message | None:
+        if not status:
+            status.append(cli.main(["train", *again, *words, "--train.batches=60", f"--output.run={run}"]))
+        return next(head._script)
+
+    if resume:
+        train(run, train__batches=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Head, "next", within)
+        train(run, *again)
+    assert status == [2] and f"output.run = {run}: another run is at work" in capsys.readouterr().err
+    assert json.loads((run / "summary.json").read_text())["train"]["batches"] == (30 if resume else 50)
+    assert not (run / "lock").exists()
 
 
 class Failing(nn.Linear):
