@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from dnipipe import checkpoint
-from dnipipe.config import Config, Output, build, replace
+from dnipipe.config import Config, build, replace
 from dnipipe.data import Batches, Task
-from dnipipe.errors import UsageError
+from dnipipe.errors import ConfigError, UsageError
 from dnipipe.folders import begun
 from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
@@ -48,9 +48,12 @@ class Run:
         stages: K, the number of processes; or the first layers of the stages after the first, as a list.
         loss: (output, labels) -> mean loss over the batch.
         optimizer: parameters -> optimizer; called in each stage with the stage's own.
-        rule: synthetic, blend, local, delayed or wait (gradient_rules.py), or sync (sync.py).
+        rule: synthetic, blend, local, delayed or wait (gradient_rules.py), or sync (sync.py); or the rule with settings
+            of its own, e.g. {"name": "blend", "stash": False}.
         schedule: batch id, from 1 -> factor on the learning rate, the same on every stage.
-        settings: any other setting by section, e.g. predictor={"name": "linear"}, train={"seed": 1}.
+        clip: largest norm of a stage's gradient (optimizer.clip); 0: no limit.
+        settings: any other setting by section, e.g. predictor={"name": "linear"}, train={"seed": 1},
+            output={"run": "runs/mine"}.
 
     Raises ConfigError, here and now, for a setting that is unknown or wrong.
     """
@@ -62,16 +65,23 @@ class Run:
         *,
         loss: Loss,
         optimizer: OptimizerFactory,
-        rule: str = "blend",
+        rule: str | Mapping[str, Any] = "blend",
         schedule: Callable[[int], float] | None = None,
+        clip: float = 0.0,
         **settings: dict[str, Any],
     ) -> None:
+        if not callable(optimizer):
+            raise ConfigError(
+                f"optimizer is a {type(optimizer).__name__}: expected what makes one of a stage's parameters, as "
+                "lambda parameters: torch.optim.AdamW(parameters, 1e-3); a limit on the gradient is clip=1.0"
+            )
         self._model, self._loss, self._optimizer, self._schedule = model, loss, optimizer, schedule
         cut = {"stages": stages} if isinstance(stages, int) else {"stages": len(stages) + 1, "boundaries": stages}
         self._settings: dict[str, dict[str, Any]] = {
             **settings,
             "pipeline": {**settings.get("pipeline", {}), **cut},
-            "rule": {**settings.get("rule", {}), "name": rule},
+            "rule": dict(rule) if isinstance(rule, Mapping) else {"name": rule},
+            "optimizer": {"clip": clip},
         }
         build(self._settings)
         self.folder: Path | None = None
@@ -151,18 +161,16 @@ class Run:
                 sys.exit(0)  # what stands behind fit() is for the launching process
             _folders[-1] = str(done)
             return done
-        with nullcontext(Path(folder)) if folder else begun(self._output(), "fit") as made:
+        with nullcontext(Path(folder)) if folder else begun(build(self._settings).output, "fit") as made:
             _folders[-1] = str(made)
             status = launch(self._settings["pipeline"]["stages"], _own_command(), json.dumps(_folders))
             if status:
                 sys.exit(status)
         return made
 
-    def _output(self) -> Output:
-        return Output(dir=self._settings.get("output", {}).get("dir", Output.dir))
-
     def _train(self, config: Config, train: Batches, validation: Batches | None, resume: bool, folder: str) -> Path:
-        return _guarded(self._job(replace(config, output={"run": folder}), train, validation), resume)
+        config = replace(config, output={"run": folder or config.output.run})
+        return _guarded(self._job(config, train, validation), resume)
 
     def _verify(self, train: Batches, batches: int, folder: str) -> Path:
         from dnipipe import verify
