@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dnipipe.children import launched
 from dnipipe.config import Config, Output, describe, load, replace
-from dnipipe.errors import ConfigError, DnipipeError, UsageError
+from dnipipe.errors import ConfigError, DiskError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, begun, check_apart, newest_run
 from dnipipe.started import LAUNCHED, is_worker
 
@@ -251,7 +251,12 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides:
         raise ConfigError(f"cannot read {overrides[0]!r}: export takes the run's folder and -o FILE")
-    count = checkpoint.export(Path(options.folder), Path(options.output))
+    if Path(options.output).is_dir():
+        raise UsageError(f"cannot write {options.output}: it is a folder; name a file with -o")
+    try:
+        count = checkpoint.export(Path(options.folder), Path(options.output))
+    except DiskError as error:
+        raise UsageError(f"{error.strerror} with -o") from None
     print(f"{options.output}: {count} tensors, for load_state_dict(safetensors.torch.load_file(...))")
     return 0
 

@@ -15,6 +15,7 @@
         │   ├── GaveUp          an independent stage: no use in starting it again by itself (exit status 3)
         │   ├── Replaced        another process has taken this stage's place (exit status 0: it is not to come back)
         │   └── WaitTimeout     a limit struck; says who waited for whom, since when, at which batch
+        ├── DiskError         a file cannot be written; an OSError too, for those who can do without that file
         ├── MessageError      bytes that are not a message, or a message that does not belong here
         └── NonFiniteLoss     the loss, or what a neighbour sent, is NaN or infinite, and the setting says to stop
 
@@ -88,6 +89,15 @@ class Replaced(PeerError):
 
 class WaitTimeout(PeerError):
     """A wait reached its limit."""
+
+
+class DiskError(RunError, OSError):
+    """A file cannot be written: (errno, the line[, the file's name])."""
+
+    def __str__(self) -> str:
+        if self.strerror is None:
+            return super().__str__()
+        return f"{self.strerror} ({self.filename})" if self.filename else self.strerror
 
 
 class MessageError(RunError):

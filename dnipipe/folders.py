@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dnipipe.config import Config, Output, flat
+from dnipipe.disk import disk
 from dnipipe.errors import CheckpointError, ConfigError
 
 SETTINGS = "config.toml"
+ELSEWHERE = "name another folder with output.run"
 LOCK = "lock"  # held by the run that is at work
 INITIAL = "initial.safetensors"  # of a run that a script began: the weights that all its processes start with
 
@@ -31,10 +33,13 @@ def begun(output: Output, name: str, resume: bool = False) -> Iterator[Path]:
         folder = Path(output.run)
     elif output.run:
         folder = Path(output.run)
-        check_unused(folder)
-        made = _made(folder)
+        with disk(f"output.run = {folder}: cannot make this folder", "name another one", start=True):
+            check_unused(folder)
+            made = _made(folder)
+            os.listdir(folder)  # a file in its place is none
     else:
-        folder, made = _new(Path(output.dir), name), True
+        with disk(f"output.dir = {output.dir}: cannot make a folder in it", "name another one", start=True):
+            folder, made = _new(Path(output.dir), name), True
     try:
         yield folder
     finally:
@@ -130,11 +135,11 @@ def check_apart(path: Path, folder: Path) -> None:
         )
 
 
-def write_config(folder: Path, config: Config) -> Path:
+def write_config(folder: Path, config: Config, way: str = ELSEWHERE) -> Path:
     """The settings as TOML, so that the run can be resumed from its folder, or another one started alike.
 
-    All but output.run: a run is where its file lies. Raises ConfigError for text that no file can hold: a path that is
-    not UTF-8.
+    All but output.run: a run is where its file lies. All or nothing. Raises ConfigError for text that no file can hold,
+    a path that is not UTF-8; and if it cannot be written, with the way out.
     """
     lines, section = [], ""
     for name, value in flat(config):
@@ -144,9 +149,15 @@ def write_config(folder: Path, config: Config) -> Path:
             section = name.split(".")[0]
             lines.append(f"\n[{section}]")
         lines.append(f"{name.split('.')[1]} = {_toml(name, value)}")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    path.write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with disk(f"cannot write {path}", way, start=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return path
 
 

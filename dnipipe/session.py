@@ -33,9 +33,10 @@ from dnipipe.building import (
 )
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
+from dnipipe.disk import disk
 from dnipipe.display import Display
 from dnipipe.errors import ConfigError, DataError
-from dnipipe.folders import INITIAL, alone, begun, check_unused, write_config
+from dnipipe.folders import ELSEWHERE, INITIAL, alone, begun, check_unused, write_config
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
 from dnipipe.messages import Hello
@@ -225,12 +226,14 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
             f"the checkpoint in {folder} is at batch {start} and the run ends at {total}: "
             "raise train.batches or train.epochs to go on"
         )
-    (folder / "metrics").mkdir(parents=True, exist_ok=True)
+    with disk(f"cannot make {folder / 'metrics'}", ELSEWHERE, start=True):
+        (folder / "metrics").mkdir(parents=True, exist_ok=True)
     agreed = Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
     if not resume:
         settle(job, agreed)
         if job.script:
-            safetensors.torch.save_file(_whole(model), folder / INITIAL)
+            with disk(f"cannot write {folder / INITIAL}", ELSEWHERE, start=True):
+                checkpoint.write_tensors(folder / INITIAL, _whole(model))
     return agreed
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from dnipipe import cli
 from dnipipe.config import Config, describe, load
@@ -195,3 +196,49 @@ def test_a_run_that_was_resumed_in_vain_can_be_resumed_as_before(started: Launch
     assert (base / "config.toml").read_text() == "[train]\nbatches = 7\n"
     assert cli.main([*arguments, "base/config.toml"]) == 2  # the same file, and no new run
     assert started.settings[1].train.batches == 7
+
+
+# -- where nothing can be written --------------------------------------------------------------------------------
+
+NOWHERE = [
+    ("output.dir", "afile/x", "cannot make a folder in it: Not a directory"),
+    ("output.dir", "afile", "cannot make a folder in it: File exists"),
+    ("output.dir", "/proc/x", "cannot make a folder in it: No such file"),
+    ("output.run", "afile/x", "cannot make this folder: File exists (afile);"),
+    ("output.run", "afile", "cannot make this folder: Not a directory"),
+]
+
+
+@pytest.mark.parametrize("kind", ["zmq", "local"])
+@pytest.mark.parametrize(("name", "value", "why"), NOWHERE, ids=[f"{name}={value}" for name, value, _ in NOWHERE])
+def test_a_folder_that_cannot_be_made_is_one_line_and_nothing_starts(
+    kind: str, name: str, value: str, why: str, started: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("afile").write_text("mine")
+    assert cli.main(["train", *words(transport__kind=kind), f"--{name}={value}"]) == 2
+    shown = capsys.readouterr().err
+    assert f"{name} = {value}: {why}" in shown and "name another" in shown and len(shown.splitlines()) == 1
+    assert not started.commands and Path("afile").read_text() == "mine"
+
+
+def test_settings_that_cannot_be_handed_on_are_one_line(
+    started: Launched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    assert cli.main(["train"]) == 2
+    shown = capsys.readouterr().err
+    assert "cannot make a folder for the settings" in shown and "TMPDIR" in shown and len(shown.splitlines()) == 1
+    assert not started.commands and not list(Path("runs").iterdir())
+
+
+@pytest.mark.parametrize("out", ["/proc/x/y", "afile/y", "nowhere/y", "."])
+def test_an_export_that_cannot_be_written_is_one_line(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("afile").touch()
+    monkeypatch.setattr("dnipipe.checkpoint.load.weights", lambda run: {"0.weight": torch.ones(2)})
+    assert cli.main(["export", "run", "-o", out]) == 2
+    shown = capsys.readouterr().err
+    assert f"cannot write {out}: " in shown and shown.endswith(" with -o\n") and len(shown.splitlines()) == 1
+    assert "checkpoint" not in shown and [path.name for path in tmp_path.iterdir()] == ["afile"]

@@ -7,8 +7,10 @@ stage 1          .   .   1   2   3   4
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,8 @@ from dnipipe import checkpoint, cli
 from dnipipe.config import load
 from dnipipe.head import Head
 from dnipipe.messages import Message
+from dnipipe.tracing import merged, read
+from tests.checkpoint.disk import files_limited_to
 from tests.conftest import SMALL
 from tests.test_processes import plain, same
 
@@ -248,6 +252,58 @@ def test_two_runs_are_not_at_work_in_one_folder(
     assert status == [2] and f"output.run = {run}: another run is at work" in capsys.readouterr().err
     assert json.loads((run / "summary.json").read_text())["train"]["batches"] == (30 if resume else 50)
     assert not (run / "lock").exists()
+
+
+# -- a disk that is full -----------------------------------------------------------------------------------------
+
+
+def fails(run: Path, capsys: pytest.CaptureFixture[str], **settings: object) -> str:
+    """The one line that a run ends with that was under way."""
+    named = {**OURS, **{key.replace("__", "."): value for key, value in settings.items()}}
+    assert cli.main(["train", f"--output.run={run}", *(f"--{k}={v}" for k, v in named.items())]) == 1
+    shown = capsys.readouterr().err
+    assert len(shown.splitlines()) == 1
+    return shown
+
+
+def test_a_trace_that_the_disk_does_not_take_ends_the_run_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel itself refuses it: more than is needed for anything else."""
+    with files_limited_to(400_000):
+        shown = fails(tmp_path / "run", capsys, train__batches=400, output__every=1000, output__trace=True)
+    assert re.search(r"cannot write .*/run/trace/stage-[0-3].jsonl: File too large; make room there, or train", shown)
+    assert merged(read(tmp_path / "run")).stages[3].spans  # what was written can be read
+
+
+def test_a_line_of_metrics_that_the_disk_does_not_take_ends_the_run_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind what a killed run has left in the file, there is no room for another one."""
+    path = tmp_path / "run" / "metrics" / "stage-1.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n" * 400_000)
+    with files_limited_to(400_000):
+        shown = fails(tmp_path / "run", capsys, output__every=1000)
+    assert f"cannot write {path}: File too large; make room there, and resume the run" in shown
+
+
+def test_a_checkpoint_that_cannot_be_completed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("dnipipe.checkpoint.save.sync", full)
+    shown = fails(tmp_path / "run", capsys)
+    assert "cannot complete checkpoint 50: No space left on device; older checkpoints are untouched (" in shown
+
+
+def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "summary.json.unfinished").mkdir(parents=True)
+    shown = fails(tmp_path / "run", capsys)
+    assert f"cannot write {tmp_path / 'run' / 'summary.json'}: Is a directory" in shown
+    assert checkpoint.newest(tmp_path / "run").batch == 50
 
 
 class Failing(nn.Linear):

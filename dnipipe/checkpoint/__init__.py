@@ -16,6 +16,7 @@ safetensors and JSON, and what is read is checked like anything else from outsid
 The checksums find damage, not malice: who may write the folder may change the weights.
 """
 
+from dnipipe.checkpoint.files import write_tensors
 from dnipipe.checkpoint.format import StageState
 from dnipipe.checkpoint.load import Checkpoint, at, export, newest, weights
 from dnipipe.checkpoint.optimizers import load_optimizer_state, optimizer_state
@@ -32,4 +33,5 @@ __all__ = [
     "optimizer_state",
     "save_part",
     "weights",
+    "write_tensors",
 ]

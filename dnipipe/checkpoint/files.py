@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dnipipe.checkpoint.format import Part, form_of, need
-from dnipipe.errors import CheckpointError
+from dnipipe.errors import CheckpointError, DiskError
 
 MANIFEST = "manifest.json"
 LARGEST_JSON = 1 << 28  # bytes; some two million tensors
@@ -52,7 +52,17 @@ def batches_of(run: Path) -> list[int]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    _write(path, lambda temporary: save_file(tensors, temporary))
+    """All of the file or nothing. Raises OSError."""
+    _write(path, lambda temporary: _save(tensors, temporary))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """What safetensors raises has its errno in the text."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"\(os error ([0-9]+)\)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -89,17 +99,13 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Give an error from the disk its one line, and what safetensors raises its errno."""
-    untouched = "older checkpoints are untouched"
+def explained(what: str, way: str = "older checkpoints are untouched") -> Iterator[None]:
+    """Give an error from the disk its one line."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"\(os error ([0-9]+)\)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, f"{what}: {error}; {untouched}") from error
     except OSError as error:
-        reason = f"{what}: {error.strerror or error}; {untouched}"
-        raise OSError(error.errno or errno.EIO, reason, error.filename) from error
+        reason = f"{what}: {error.strerror or error}; {way}"
+        raise DiskError(error.errno or errno.EIO, reason, error.filename) from error
     except KeyError as error:  # from safetensors' table of dtypes
         raise CheckpointError(f"{what}: safetensors cannot hold {error}") from error
 

@@ -159,6 +159,6 @@ def export(run: Path, out: Path) -> int:
     A plain model takes them by load_state_dict(safetensors.torch.load_file(out)).
     """
     gathered = weights(run)
-    with explained(f"cannot write {out}"):
+    with explained(f"cannot write {out}", "name another file"):
         write_tensors(out, gathered)
     return len(gathered)

@@ -10,11 +10,13 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dnipipe.disk import disk
 from dnipipe.errors import ConfigError
 from dnipipe.metrics.clock import shares
 
@@ -23,11 +25,23 @@ class JsonLines:
     """One stage's numbers, a line a reading; a resumed run goes on with the same file."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        with disk(f"cannot write {path}", "name another folder with output.run", start=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
 
     def write(self, batch: int, numbers: dict[str, float]) -> None:
-        self._file.write(json.dumps({"time": time.time(), "batch": batch, **numbers}, allow_nan=False) + "\n")
+        """The whole line or none of it. Raises DiskError."""
+        line = json.dumps({"time": time.time(), "batch": batch, **numbers}, allow_nan=False).encode() + b"\n"
+        whole = os.fstat(self._file.fileno()).st_size
+        with disk(f"cannot write {self._path}", "make room there, and resume the run"):
+            try:
+                while line:  # a disk that is nearly full takes a part
+                    line = line[self._file.write(line) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(whole)
+                raise
 
     def close(self) -> None:
         self._file.close()
@@ -41,7 +55,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("output.tensorboard = true needs the extra: pip install 'dnipipe[tensorboard]'") from None
-        self._writer: Any = SummaryWriter(str(folder))
+        with disk(f"cannot write in {folder}", "name another folder with output.run", start=True):
+            self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, stage: int, batch: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -115,14 +130,15 @@ def _version(package: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the whole new one. Raises ValueError for NaN and infinity."""
+    """Atomically: a reader sees the old file or the new one. Raises ValueError for NaN and infinity, DiskError."""
     text = json.dumps(value, indent=2, allow_nan=False)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with unfinished.open("w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with disk(f"cannot write {path}", "make room there; what was trained is in the checkpoints"):
+        try:
+            with unfinished.open("w") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)

@@ -25,8 +25,9 @@ def cut(timeline: Timeline, begin: str | None, end: str | None) -> Timeline:
 
 
 def some_batches(timeline: Timeline) -> Timeline:
-    """SOME from the middle of it: what a picture shows if nobody said what."""
+    """SOME from the middle of what both ends have: what a picture shows if nobody said what."""
     first, last = batches(timeline)
+    last = max(first, min(last, max((span.batch for span in timeline.stages[0].spans), default=last)))
     middle = (first + last) // 2
     begin, end = max(first, middle - SOME // 2), min(last, middle + SOME // 2 - 1)
     return between(timeline, begin_of(timeline, begin), end_of(timeline, end))
@@ -62,7 +63,13 @@ def batches(timeline: Timeline) -> tuple[int, int]:
 def begin_of(timeline: Timeline, batch: int) -> float:
     """When stage 0 began with it, seconds. Raises TraceError if it is not in the trace."""
     _check(timeline, batch)
-    return min(span.begin for span in timeline.stages[0].spans if span.batch >= batch)
+    begins = [span.begin for span in timeline.stages[0].spans if span.batch >= batch]
+    if not begins:
+        last = max((span.batch for span in timeline.stages[0].spans), default=0)
+        raise TraceError(
+            f"batch {batch} is not in the trace of stage 0, which ends at batch {last}: give seconds, as 1.5s, instead"
+        )
+    return min(begins)
 
 
 def end_of(timeline: Timeline, batch: int) -> float:

@@ -12,8 +12,11 @@ import json
 import platform
 from pathlib import Path
 
+from dnipipe.disk import disk
+
 FORMAT = 1
 LIMIT = 250_000  # lines of a file, some 10 MB: four stages' are about what a viewer loads
+WITHOUT = "or train without output.trace"
 SENT, RECEIVED = ">", "<"
 
 
@@ -25,12 +28,14 @@ class Trace:
     """
 
     def __init__(self, path: Path, stage: int, stages: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w")
+        self._path = path
+        with disk(f"cannot write {path}", f"name another folder with output.run, {WITHOUT}", start=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb", buffering=0)
         self._spans: list[tuple[str, float, float, int]] = []
         self._messages: list[tuple[str, int, str, int, float]] = []
         self._written = {"spans": 0, "messages": 0}
-        self._left = LIMIT
+        self._left, self._refused = LIMIT, False
         self.dropped = 0
         self._line({"trace": FORMAT, "stage": stage, "stages": stages, "clock": clock_of_this_machine()})
 
@@ -52,22 +57,35 @@ class Trace:
         return True
 
     def flush(self) -> None:
-        """Write what is kept. Names need no quoting: they are our own labels and types of messages."""
+        """Write what is kept. Names need no quoting: they are our labels and types of messages. Raises DiskError."""
         lines = [f'["{label}", {_ns(begin)}, {_ns(end)}, {batch}]\n' for label, begin, end, batch in self._spans]
         lines += [f'["{way}", {peer}, "{kind}", {batch}, {_ns(at)}]\n' for way, peer, kind, batch, at in self._messages]
-        self._file.write("".join(lines))
-        self._file.flush()
+        self._put("".join(lines))
         self._written["spans"] += len(self._spans)
         self._written["messages"] += len(self._messages)
         self._spans, self._messages = [], []
 
     def close(self) -> None:
-        self.flush()
-        self._line({**self._written, "dropped": self.dropped})
-        self._file.close()
+        """With the last lines; if the disk has refused some before, they are not what matters now."""
+        try:
+            if not self._refused:
+                self.flush()
+                self._line({**self._written, "dropped": self.dropped})
+        finally:
+            self._file.close()
 
     def _line(self, value: dict[str, object]) -> None:
-        self._file.write(json.dumps(value) + "\n")
+        self._put(json.dumps(value) + "\n")
+
+    def _put(self, text: str) -> None:
+        data = memoryview(text.encode())
+        with disk(f"cannot write {self._path}", f"make room there, {WITHOUT}, and resume the run"):
+            try:
+                while data:  # a disk that is nearly full takes a part
+                    data = data[self._file.write(data) :]
+            except OSError:
+                self._refused = True
+                raise
 
 
 def _ns(seconds: float) -> int:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dnipipe import codec, messages
-from dnipipe.errors import ConfigError
+from dnipipe.errors import ConfigError, DiskError
 from dnipipe.metrics import LABELS, Clock, JsonLines, StageMetrics, TensorBoard, summary, write_json
+from tests.checkpoint.disk import files_limited_to
 from tests.metrics.conftest import Time, measured
 
 
@@ -36,6 +37,29 @@ def test_a_resumed_run_goes_on_with_the_same_file(tmp_path: Path) -> None:
     lines = [strict(line) for line in path.read_text().splitlines()]
     assert [line["batch"] for line in lines] == [10, 20]
     assert all(line["stage"] == 1 and line["time"] > 1e9 and line["window"] == 4 for line in lines)
+
+
+def test_a_line_that_the_disk_does_not_take_whole_is_not_there(tmp_path: Path) -> None:
+    """The kernel refuses it half way. A resumed run goes on behind the last whole line."""
+    path = tmp_path / "stage-0.jsonl"
+    log = JsonLines(path)
+    log.write(1, {"loss": 1.0})
+    size = path.stat().st_size
+    with files_limited_to(size + 20), pytest.raises(DiskError) as caught:
+        log.write(2, {"loss": 2.0})
+    assert str(caught.value) == f"cannot write {path}: File too large; make room there, and resume the run"
+    assert path.stat().st_size == size
+    log.write(3, {"loss": 3.0})
+    log.close()
+    assert [strict(line)["batch"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_a_file_that_cannot_be_opened_names_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    with pytest.raises(
+        ConfigError, match=r"cannot write .*/afile/stage-0.jsonl: .*name another folder with output.run"
+    ):
+        JsonLines(tmp_path / "afile" / "stage-0.jsonl")
 
 
 def over_the_wire(numbers: dict[str, float]) -> dict[str, float]:
@@ -109,7 +133,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskError, match=r"^cannot write .*summary.json: No space left on device; make room"):
         write_json(path, {"run": 2})
     assert strict(path.read_text()) == {"run": 1} and [each.name for each in tmp_path.iterdir()] == ["summary.json"]
 

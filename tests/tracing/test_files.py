@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dnipipe.errors import TraceError
+from dnipipe.errors import DiskError, TraceError
 from dnipipe.tracing import Trace, merged, read, writer
 from dnipipe.tracing.writer import RECEIVED, SENT
+from tests.checkpoint.disk import files_limited_to
 from tests.tracing.conftest import Write
 
 
@@ -49,6 +50,20 @@ def test_a_process_that_was_killed_leaves_what_it_had_written(tmp_path: Path, wr
     assert len(timeline.stages[1].spans) + len(timeline.stages[1].messages) == 49
     assert "stage 1: its trace has no end, the process was killed or is still at work" in list(timeline.notes())
     assert timeline.alone > 0 and any("have no arrow" in note for note in timeline.notes())
+
+
+def test_a_trace_that_the_disk_does_not_take_is_closed_without_another_word(tmp_path: Path) -> None:
+    """The run ends for the first reason; what was written is read, but for a line that was cut off."""
+    path = tmp_path / "trace" / "stage-0.jsonl"
+    trace = Trace(path, 0, 1)
+    for n in range(100):
+        trace.span("forward", n, n + 0.5, n)
+    with files_limited_to(1000):
+        with pytest.raises(DiskError, match=r"^cannot write .*stage-0.jsonl: File too large; .*without output.trace"):
+            trace.flush()
+        trace.close()
+    (found,) = read(tmp_path)
+    assert 0 < len(found.spans) < 100 and not found.ended and path.stat().st_size == 1000
 
 
 def test_a_run_without_a_trace(tmp_path: Path) -> None:

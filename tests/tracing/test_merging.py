@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,18 @@ def test_a_part_that_is_not_there(
 ) -> None:
     with pytest.raises(error, match=says):
         cut(merged(read(write())), begin, end)
+
+
+def test_a_batch_behind_the_end_of_stage_0s_trace(write: Write) -> None:
+    """Its file was full before that of the last stage was."""
+    whole = merged(read(write(batches=30)))
+    first = whole.stages[0]
+    ended = replace(first, spans=[span for span in first.spans if span.batch <= 10])
+    short = replace(whole, stages=[ended, *whole.stages[1:]])
+    with pytest.raises(TraceError, match=r"^batch 15 is not in the trace of stage 0, which ends at batch 10: give sec"):
+        cut(short, "15", None)
+    assert extent(cut(short, "10", "10"))[0] == pytest.approx(400)
+    assert extent(some_batches(short)) == pytest.approx((40, 10 * 40 + 23))
 
 
 def test_some_batches_are_from_the_middle(write: Write) -> None:
