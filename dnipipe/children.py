@@ -14,19 +14,32 @@ from pathlib import Path
 
 from dnipipe.config import Config
 from dnipipe.disk import disk
+from dnipipe.errors import SplitError
 from dnipipe.folders import write_config
 
 TEMPORARY = "name a folder for temporary files with TMPDIR"
 
 
 def launched(word: str, config: Config, run: Path, *options: str, debug: bool) -> int:
-    """Run `dnipipe WORD` for each stage, with these settings, in the folder `run`. Returns the exit status."""
+    """Run `dnipipe WORD` for each stage, with these settings, in the folder `run`. Returns the exit status.
+
+    Raises SplitError, before any is started, if there are more stages than layers; ConfigError.
+    """
     from dnipipe.launcher import launch  # and torch with it, for which a supervisor or a health check has no use
+    from dnipipe.models import layers_of
+
+    check_stages(config.pipeline.stages, layers_of(config))
 
     with _temporary() as folder:
         path = write_config(folder, config, TEMPORARY)
         command = ["-m", "dnipipe", word, str(path), f"--output.run={run}", *options]
         return launch(config.pipeline.stages, command + ["--debug"] * debug, debug=debug)
+
+
+def check_stages(stages: int, layers: int) -> None:
+    """Raises SplitError if the model cannot be cut into so many, as stage 0 would find once all processes are there."""
+    if stages > layers:
+        raise SplitError(f"{stages} stages, but the model has only {layers} layers: use at most that many stages")
 
 
 @contextmanager
@@ -37,4 +50,4 @@ def _temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-__all__ = ["launched"]
+__all__ = ["check_stages", "launched"]

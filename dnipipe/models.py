@@ -36,6 +36,12 @@ def build(config: Config) -> nn.Sequential:
     return nn.Sequential(OrderedDict(BUILDERS[name](config)))
 
 
+def layers_of(config: Config) -> int:
+    """How many layers the model has. It is made without weights, so this takes no time, however large it is."""
+    with torch.device("meta"):
+        return len(build(config))
+
+
 def loss_of(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
     """(output, labels) -> mean loss over the batch, 0-dim. Every built-in model has the same: cross-entropy in nats."""
     return cross_entropy

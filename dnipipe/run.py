@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from dnipipe import checkpoint
+from dnipipe.children import check_stages
 from dnipipe.config import Config, build, replace
 from dnipipe.data import Batches, Task
 from dnipipe.errors import ConfigError, UsageError
@@ -161,9 +162,12 @@ class Run:
                 sys.exit(0)  # what stands behind fit() is for the launching process
             _folders[-1] = str(done)
             return done
+        stages = self._settings["pipeline"]["stages"]
+        if isinstance(self._model, nn.Sequential):
+            check_stages(stages, len(self._model))
         with nullcontext(Path(folder)) if folder else begun(build(self._settings).output, "fit") as made:
             _folders[-1] = str(made)
-            status = launch(self._settings["pipeline"]["stages"], _own_command(), json.dumps(_folders))
+            status = launch(stages, _own_command(), json.dumps(_folders))
             if status:
                 sys.exit(status)
         return made

@@ -171,13 +171,22 @@ def test_the_laboratory_does_so_too(run: list[str], started: Launched, capsys: p
     assert not started.commands and not list(Path("runs").iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "verify", "compare"])
+def test_more_stages_than_layers_are_refused_before_any_is_started(
+    command: str, started: Launched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--pipeline.stages=50", "--model.layers=4"]) == 2
+    assert "50 stages, but the model has only 6 layers: use at most that many stages" in capsys.readouterr().err
+    assert not started.commands and not list(Path().rglob("*-*"))
+
+
 def test_a_refused_run_leaves_a_hand_written_file_as_it_was(
     started: Launched, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a folder of its own, and in the very folder where the run is to be."""
     Path("exp").mkdir()
     for name in ("mine.toml", "config.toml"):
-        Path("exp", name).write_text("# by hand\n[pipeline]\nstages = 50\n")
+        Path("exp", name).write_text("# by hand\n[pipeline]\nstages = 5\n")
     assert cli.main(["train", "exp/mine.toml", "--output.run=exp"]) == 2
     assert len(started.commands) == 1
     assert cli.main(["train", "exp/config.toml", "--output.run", "exp/../exp"]) == 2

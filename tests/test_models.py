@@ -74,6 +74,19 @@ def test_any_depth_fits(name: str, layers: int) -> None:
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "more"), [("mlp", "mnist", 0), ("cnn", "cifar10", 1), ("transformer", "text", 2)]
+)
+def test_layers_are_counted_without_a_weight(name: str, data: str, more: int) -> None:
+    """A model of this width has terabytes of them."""
+    before = torch.get_rng_state()
+    sizes = {"name": name, "layers": 5, "width": 1_000_000}
+    assert models.layers_of(build({"model": sizes, "data": {"name": data}})) == 5 + more
+    assert torch.equal(torch.get_rng_state(), before)
+    small = build({"model": {**sizes, "width": 8}, "data": {"name": data}})
+    assert models.layers_of(small) == len(models.build(small))
+
+
 def test_the_mlp_is_the_papers() -> None:
     """Linear, batch norm, ReLU in every hidden layer; parameters have readable names."""
     model = models.build(configured("mlp", layers=2))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import dnipipe
 from dnipipe import checkpoint
-from dnipipe.errors import ConfigError, UsageError
+from dnipipe.errors import ConfigError, SplitError, UsageError
 from dnipipe.optim import Descent
 from dnipipe.started import LAUNCHED
 
@@ -133,3 +133,11 @@ def test_the_processes_are_told_the_folder_that_is_named(
     with pytest.raises(UsageError, match="this fit was refused in the process that starts the others"):
         named.fit(BATCHES)
     assert len(launched) == 3
+
+
+def test_more_stages_than_layers_are_refused_before_any_is_started(launched: list[list[str]], tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    run = dnipipe.Run(net, stages=3, loss=F.cross_entropy, optimizer=torch.optim.Adam, output={"dir": str(tmp_path)})
+    with pytest.raises(SplitError, match="3 stages, but the model has only 2 layers"):
+        run.fit(BATCHES)
+    assert not launched and not list(tmp_path.iterdir())
