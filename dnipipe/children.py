@@ -26,14 +26,19 @@ def launched(word: str, config: Config, run: Path, *options: str, debug: bool) -
     Raises SplitError, before any is started, if there are more stages than layers; ConfigError.
     """
     from dnipipe.launcher import launch  # and torch with it, for which a supervisor or a health check has no use
-    from dnipipe.models import layers_of
 
-    check_stages(config.pipeline.stages, layers_of(config))
-
+    check_layers(config)
     with _temporary() as folder:
         path = write_config(folder, config, TEMPORARY)
         command = ["-m", "dnipipe", word, str(path), f"--output.run={run}", *options]
         return launch(config.pipeline.stages, command + ["--debug"] * debug, debug=debug)
+
+
+def check_layers(config: Config) -> None:
+    """Raises SplitError if there are more stages than the configured model has layers."""
+    from dnipipe.models import layers_of
+
+    check_stages(config.pipeline.stages, layers_of(config))
 
 
 def check_stages(stages: int, layers: int) -> None:
@@ -50,4 +55,4 @@ def _temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-__all__ = ["check_stages", "launched"]
+__all__ = ["check_layers", "check_stages", "launched"]

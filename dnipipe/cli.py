@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dnipipe.children import launched
+from dnipipe.children import check_layers, launched
 from dnipipe.config import Config, Output, describe, load, replace
 from dnipipe.errors import ConfigError, DiskError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, begun, check_apart, newest_run
@@ -232,6 +232,7 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
         checkpoint={"every": 0},
         output={"every": 0.2, "quiet": True},
     )
+    check_layers(config)
     both, said = compare.sides(config)
     print("".join(f"{line}\n" for line in said), end="")
     sides = {}

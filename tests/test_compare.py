@@ -122,7 +122,7 @@ def test_what_cannot_be_compared_is_refused(settings: list[str], capsys: pytest.
 def test_what_sync_cannot_do_is_said_before_anything_is_trained(
     settings: dict[str, object], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_launched", lambda *arguments: pytest.fail("something was trained"))
+    monkeypatch.setattr(cli, "launched", lambda *arguments: pytest.fail("something was trained"))
     assert cli.main(["compare", *words(**settings)]) == 2
     shown = capsys.readouterr()
     assert says in shown.err and len(shown.err.splitlines()) == 1 and shown.out == ""
