@@ -20,7 +20,8 @@ MAY = {
     "fields": "messages errors",
     "codec": "messages errors fields",
     "keys": "errors",
-    "transport": "beside messages errors codec keys",
+    "socket_file": "errors",
+    "transport": "beside messages errors codec keys socket_file",
     "beside": "",
     "staging": "beside errors messages transport",
     "wire": "beside config errors messages randomness transport",
@@ -71,7 +72,7 @@ MAY = {
     "session": "building checkpoint config data disk display errors folders gloo greeting head messages metrics "
     "opening rendezvous result split stage state sync tracing transport worker",
     "service": "building checkpoint codec config data errors expected greeting head keys messages metrics opening "
-    "session split stage state transport worker",
+    "session socket_file split stage state transport worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",

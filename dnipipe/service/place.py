@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dnipipe import socket_file
 from dnipipe.config import Config
 from dnipipe.errors import CheckpointError, ConfigError, Replaced, RunError
 
@@ -134,7 +135,6 @@ def endpoint(address: str) -> str:
 def own_endpoint(address: str, chosen: str) -> str:
     """The same, to listen on: the one address that this machine has under that name, or the chosen one."""
     if address.startswith("/"):
-        Path(address).unlink(missing_ok=True)  # what a killed process has left
         return f"ipc://{address}"
     host, _, port = address.rpartition(":")
     if chosen:
@@ -150,20 +150,27 @@ def own_endpoint(address: str, chosen: str) -> str:
 
 
 def check_free(endpoint: str) -> None:
-    """Raises RunError if somebody listens there already; an older process of this stage does until it has ended."""
-    if not endpoint.startswith("tcp://"):
-        return
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    """Raises RunError if somebody listens there already; an older process of this stage does until it has ended.
+
+    What a killed process has left of a socket file is taken away; ConfigError if it is no socket.
+    """
+    scheme, _, where = endpoint.partition("://")
+    if not (socket_file.free(Path(where)) if scheme == "ipc" else _port_is_free(where)):
+        raise RunError(
+            f"{endpoint} is taken: an older process of this stage ends in a moment; if it is another program, mend "
+            "service.addresses"
+        )
+
+
+def _port_is_free(address: str) -> bool:
+    host, _, port = address.rpartition(":")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as zmq binds
         try:
             probe.bind((host, int(port)))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise RunError(
-                    f"{endpoint} is taken: an older process of this stage ends in a moment; if it is another program, "
-                    "mend service.addresses"
-                ) from None
+            return error.errno != errno.EADDRINUSE  # of any other, zmq will say what it is
+    return True
 
 
 __all__ = ["START", "Place", "check", "check_free", "endpoint", "own_endpoint", "unhealthy"]

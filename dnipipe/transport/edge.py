@@ -20,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame, Header, checksum
 from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
+from dnipipe.socket_file import SocketFile
 from dnipipe.transport import Side
 from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
@@ -96,7 +97,7 @@ class Edge:
         spare: int = 0,
     ) -> None:
         self.name, self.endpoint, self.side, self.lock, self.dropped = name, endpoint, side, lock, dropped
-        self.file: Path | None = None  # that listening made
+        self.file: SocketFile | None = None  # that listening made
         self.lost = ""
         self.refused = ""  # why the neighbour does not let us in; libzmq then tries no more
         self.torn = False  # messages are missing: what comes behind the gap is not handed out
@@ -135,6 +136,8 @@ class Edge:
         """Listen at the endpoint, which becomes an exact one. Raises ZMQError."""
         self.socket.bind(self.endpoint)
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT)
+        scheme, _, path = self.endpoint.partition("://")
+        self.file = SocketFile(Path(path)) if scheme == "ipc" else None
 
     def dial(self) -> None:
         """Connect to the endpoint, again if a handshake failed. Raises ZMQError."""

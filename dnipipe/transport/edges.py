@@ -66,7 +66,6 @@ class Edges:
             edge.bind()
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen on {address}: {error.strerror}; choose another address") from None
-        edge.file = file
         return edge.endpoint
 
     def connect(self, endpoint: str) -> None:
@@ -102,13 +101,12 @@ class Edges:
     def close(self) -> None:
         """Let go of every socket and file, once what was sent is delivered, within LINGER seconds."""
         for edge in self._edges.values():
+            if edge.file:
+                edge.file.remove()
             edge.close()
         if self._doorkeeper:
             self._doorkeeper.close()
         self._context.term()
-        for edge in self._edges.values():
-            if edge.file:
-                edge.file.unlink(missing_ok=True)
 
 
 __all__ = ["LINGER", "Edges"]

@@ -32,7 +32,7 @@ batches = {batches}
 [eval]
 sample = 0
 [service]
-addresses = ["127.0.0.1:{first}", "127.0.0.1:{second}"]
+addresses = {addresses}
 save_every = 0.5
 patience = 60.0
 {more}
@@ -46,13 +46,16 @@ LIMIT = 90.0  # seconds, for a machine that is busy
 class Services:
     """The stages of one run, each `dnipipe stage` with its supervisor."""
 
-    def __init__(self, folder: Path, batches: int, more: str) -> None:
+    def __init__(self, folder: Path, batches: int, more: str, files: bool) -> None:
         self.run, self.config = folder / "run", folder / "run.toml"
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
             two.bind(("127.0.0.1", 0))
-            ports = {"first": one.getsockname()[1], "second": two.getsockname()[1]}
-        self.config.write_text(CONFIG.format(batches=batches, run=self.run, more=more, **ports))
+            addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, two)]
+        if files:
+            addresses = [f"{folder}/0", f"{folder}/1"]
+        text = CONFIG.format(batches=batches, run=self.run, more=more, addresses=json.dumps(addresses))
+        self.config.write_text(text)
         self.supervisors: dict[int, subprocess.Popen[str]] = {}
         self.said = {k: folder / f"said-{k}" for k in range(3)}
 
@@ -123,8 +126,8 @@ class Services:
 def services(tmp_path: Path) -> Iterator[Callable[..., Services]]:
     made: list[Services] = []
 
-    def make(batches: int, more: str = "") -> Services:
-        made.append(Services(tmp_path, batches, more))
+    def make(batches: int, more: str = "", files: bool = False) -> Services:
+        made.append(Services(tmp_path, batches, more, files))
         return made[-1]
 
     yield make

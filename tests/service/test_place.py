@@ -93,9 +93,7 @@ def test_addresses_become_endpoints(tmp_path: Path) -> None:
     assert endpoint("host:7000") == "tcp://host:7000" and endpoint("/run/edge") == "ipc:///run/edge"
     assert own_endpoint("127.0.0.1:7000", "") == "tcp://127.0.0.1:7000"
     assert own_endpoint("somewhere:7000", "10.0.0.1") == "tcp://10.0.0.1:7000"
-    left = tmp_path / "edge"
-    left.touch()
-    assert own_endpoint(str(left), "") == f"ipc://{left}" and not left.exists()
+    assert own_endpoint(f"{tmp_path}/edge", "") == f"ipc://{tmp_path}/edge"
     with pytest.raises(ConfigError, match=r"nowhere.invalid has no address here .* set transport.address"):
         own_endpoint("nowhere.invalid:7000", "")
 
@@ -110,4 +108,28 @@ def test_an_address_that_is_taken_is_no_mistake_of_the_settings() -> None:
             check_free(address)
         assert caught.value.exit_status not in FINAL
     check_free(address)
+
+
+def test_a_socket_file_that_somebody_listens_on_is_taken_and_left_to_him(tmp_path: Path) -> None:
+    file = tmp_path / "edge"
     check_free("ipc:///nowhere/edge")
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(file))
+        taken.listen(0)
+        for _ in range(3):  # his queue of connections being full changes nothing
+            with pytest.raises(RunError, match=f"ipc://{file} is taken: .* mend service.addresses") as caught:
+                check_free(f"ipc://{file}")
+            assert caught.value.exit_status not in FINAL and file.is_socket()
+    check_free(f"ipc://{file}")  # what a killed process has left
+    assert not file.exists()
+
+
+def test_a_file_that_is_no_socket_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    notes, folder, leads_nowhere = tmp_path / "notes.txt", tmp_path / "folder", tmp_path / "link"
+    notes.write_text("mine")
+    folder.mkdir()
+    leads_nowhere.symlink_to(tmp_path / "later")
+    for path in (notes, folder, leads_nowhere):
+        with pytest.raises(ConfigError, match=f"{path} is to be a socket file, and what lies there is none"):
+            check_free(own_endpoint(str(path), ""))
+    assert notes.read_text() == "mine" and folder.is_dir() and leads_nowhere.is_symlink()

@@ -126,3 +126,16 @@ def test_one_that_is_asked_to_end_saves_and_ends_alone(services: Make) -> None:
     run.until_trained(2, run.account(1).last + 20)
     exact(run)
     assert run.account(1).undone == 0
+
+
+def test_a_second_process_takes_the_place_of_the_first_at_a_socket_file_too(services: Make) -> None:
+    run = services(100_000, "unguided_batches = 100000", files=True)
+    run.start(0, 1, 2)
+    run.until_trained(2, 50)
+    older = run.supervisors[-1] = run.supervisors.pop(1)
+    run.start(1)
+    run.until("the older process ends", lambda: older.poll() is not None)
+    assert older.returncode == 0 and "has taken its place" in run.said[1].read_text()
+    run.until_trained(2, run.account(1).last + 20)
+    exact(run)
+    assert run.supervisors[1].poll() is None

@@ -281,6 +281,28 @@ def test_a_socket_file_in_use_is_refused(tmp_path: Path) -> None:
         other.connect(f"ipc://{tmp_path}/here")
 
 
+def test_closing_takes_away_ones_own_socket_file_and_no_newer_one(tmp_path: Path) -> None:
+    """Who starts while an older process still closes may have its own file there by then."""
+    file, factory = tmp_path / "here", Zmq("ipc", tmp_path)
+    older = factory.one()
+    with contextlib.closing(factory.one()) as newer:
+        older.listen(f"ipc://{file}")
+        file.unlink()
+        newer.listen(f"ipc://{file}")
+        older.close()
+        assert file.is_socket()
+    assert not file.exists()
+
+
+def test_a_socket_file_is_ones_own_after_a_stranger_was_cut_off_too(tmp_path: Path) -> None:
+    file = tmp_path / "here"
+    with contextlib.closing(Zmq("ipc", tmp_path).one()) as one:
+        one.listen(f"ipc://{file}")
+        one._edges[NEXT].cut()  # which binds anew
+        assert file.is_socket()
+    assert not file.exists()
+
+
 def test_stop_after_an_error_still_goes_out(zeromq: Zmq) -> None:
     """A stage that fails tells its neighbour why and closes at once, though the neighbour keeps sending."""
     a, b = zeromq.chain(capacity=64)
