@@ -1,6 +1,6 @@
 """What a stage did with each batch, so that it can be shown afterwards: each id at most once, every gap explained.
 
-    {"start": 2, "from": 80, "before": 97, "time": 1764…}      the stage's second start goes on from its state behind
+    {"start": 1764…2, "from": 80, "before": 97, "time": 1764…}      one more start: it goes on from its state behind
                                                batch 80; it had begun 97, so what 81 to 97 taught it is undone
     {"begun": 98, "time": 1764…}               written before the batch is trained: a kill loses no line
     {"skipped": 98, "why": "loss not finite"}  nothing was learnt from it

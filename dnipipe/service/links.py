@@ -173,7 +173,7 @@ class Links(ZmqTransport):
             self.dropped.note("a stage that does not belong here", str(error))  # and hears so, by our Link
             return
         if link.refused and link.seen == bond.nonce:
-            raise Replaced(f"stage {self.stage}, incarnation {self.incarnation}, ends: {link.refused}")
+            raise Replaced(f"stage {self.stage}, incarnation {self.incarnation}, ends: {link.refused}{self._doubt()}")
         if link.incarnation < bond.incarnation:
             self.dropped["a stage that was replaced"] += 1
             self._say(side, link.nonce, f"incarnation {bond.incarnation} of stage {link.stage} has taken its place")
@@ -197,6 +197,12 @@ class Links(ZmqTransport):
                 bond.silences.append(time.monotonic() - bond.silent_since)
             bond.up, bond.heard = True, 0.0
             self.events.append((side, Up(link)))
+
+    def _doubt(self) -> str:
+        """A folder that is made anew begins at the time of day (place.py), so that its number is the higher one."""
+        if self.last:
+            return ""
+        return "; if there is no such process, the clock here was set back since: set it, and remove the stage's folder"
 
     def _check_link(self, expected: int, link: Link) -> None:
         mine = {"protocol": PROTOCOL, "stages": self.stages, "stage": expected, "run": self.run_id or link.run}

@@ -1,6 +1,6 @@
 """Where an independent stage lives: its folder, its neighbours' addresses.
 
-RUN/stage-K/start.json      how often it was started, what it is part of (the agreement), whether the run is over
+RUN/stage-K/start.json      which start this is, what it is part of (the agreement), whether the run is over
             checkpoints/    its own state, in the form of a run of one stage
             ledger.jsonl    ledger.py
             alive           touched while its loop goes round
@@ -30,26 +30,28 @@ class Place:
     """One stage's folder.
 
     Args:
-        folder: RUN/stage-K. incarnation: which start of the stage this is. agreement: JSON, once it is known.
-        over: the run has ended, and every stage may go.
+        folder: RUN/stage-K. incarnation: which start of the stage this is: one more than the one before. agreement:
+        JSON, once it is known. over: the run has ended, and every stage may go. first: nobody was started here before.
     """
 
     folder: Path
     incarnation: int
     agreement: str
     over: bool
+    first: bool
 
     @classmethod
     def taken(cls, run: Path, stage: int) -> Place:
         """The folder, and one more start noted in it. Raises CheckpointError if the note is damaged."""
         folder = run / f"stage-{stage}"
         folder.mkdir(parents=True, exist_ok=True)
-        before: dict[str, Any] = {"incarnation": 0, "agreement": "", "over": False}
-        if (folder / START).exists():
-            before = cls._read(folder)
+        first = not (folder / START).exists()
+        # a folder may have been removed: its neighbours refuse who has a lower number than they have heard
+        new: dict[str, Any] = {"incarnation": int(time.time()), "agreement": "", "over": False}
+        before = new if first else cls._read(folder)
         note = {**before, "incarnation": before["incarnation"] + 1}
         cls._write(folder, note)
-        return cls(folder, **note)
+        return cls(folder, first=first, **note)
 
     def joined(self, agreement: str) -> None:
         """Note what the stage is part of."""
@@ -87,9 +89,10 @@ class Place:
                 raise ValueError("its checksum does not fit")
             return note
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder / START} is damaged ({error}): to begin the stage anew, remove {folder}"
-            ) from None
+            cure = f"to begin the stage anew, remove {folder}"
+            if folder.name == "stage-0":  # it would make another run, and the other stages would refuse it
+                cure = "only stage 0 has decided what the run is: begin another, and name its output.run at every stage"
+            raise CheckpointError(f"{folder / START} is damaged ({error}): {cure}") from None
 
 
 def _checksum(note: dict[str, Any]) -> int:

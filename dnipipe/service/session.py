@@ -93,7 +93,7 @@ def _serve(job: Job, index: int) -> Path:
         stack.callback(ledger.close)
         links.last = stage.last_batch = ledger.last
         first: Heard | None = None
-        if not stage.last and (index == 0 or place.incarnation == 1):
+        if not stage.last and (index == 0 or place.first):
             known, first = _wait(links, settings.service.patience, watch)
             stage.last_batch = max(ledger.last, known if index == 0 else 0)  # no id is trained twice, by no stage
         agreed = replace(agreed, start=stage.last_batch, folder=str(run))

@@ -152,6 +152,19 @@ def test_an_older_process_of_a_stage_is_fenced(pair: Pair) -> None:
     pair.until(lambda: pair.ids(newer) == [1], [upper, newer])
 
 
+@pytest.mark.parametrize("last", [0, 7])
+def test_who_has_trained_nothing_yet_is_told_of_a_clock_that_was_set_back(pair: Pair, last: int) -> None:
+    """Its folder may be new, and its number lower than an earlier one only because it counts from the time of day."""
+    upper, newer = pair.stage(0), pair.stage(1, incarnation=1764000002)
+    pair.until_up(upper, newer)
+    newer.close()
+    again = pair.stage(1, incarnation=1764000001)
+    again.last = last
+    with pytest.raises(Replaced, match="incarnation 1764000002 of stage 1 has taken its place") as caught:
+        pair.until(lambda: False, [upper, again])
+    assert ("the clock here was set back" in str(caught.value)) == (last == 0)
+
+
 def test_a_gap_ends_the_connection_and_nothing_behind_it_is_taken(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
     pair.until_up(upper, lower)

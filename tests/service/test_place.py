@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -17,10 +18,32 @@ from dnipipe.service.supervisor import FINAL
 
 def test_every_start_is_counted_and_what_the_stage_is_part_of_is_kept(tmp_path: Path) -> None:
     first = Place.taken(tmp_path, 1)
-    assert (first.folder, first.incarnation, first.agreement) == (tmp_path / "stage-1", 1, "")
+    assert (first.folder, first.first, first.agreement) == (tmp_path / "stage-1", True, "")
     first.joined("the agreement")
     second = Place.taken(tmp_path, 1)
-    assert (second.incarnation, second.agreement) == (2, "the agreement")
+    assert (second.incarnation, second.agreement) == (first.incarnation + 1, "the agreement")
+    assert not second.first
+
+
+def test_a_folder_that_was_removed_begins_behind_every_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its neighbours have heard those, and take a lower number for an older process."""
+    monkeypatch.setattr(time, "time", lambda: 1764000000.9)
+    before = [Place.taken(tmp_path, 1) for _ in range(4)]
+    monkeypatch.setattr(time, "time", lambda: 1764000060.1)
+    shutil.rmtree(before[-1].folder)
+    anew = Place.taken(tmp_path, 1)
+    assert [place.first for place in (*before, anew)] == [True, False, False, False, True]
+    assert anew.incarnation > max(place.incarnation for place in before)
+
+
+def test_a_clock_that_is_set_back_counts_nothing_backwards_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Place.taken(tmp_path, 1)
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    assert Place.taken(tmp_path, 1).incarnation == first.incarnation + 1
 
 
 def test_a_run_that_is_over_is_over_for_whoever_is_started_once_more(tmp_path: Path) -> None:
@@ -28,7 +51,7 @@ def test_a_run_that_is_over_is_over_for_whoever_is_started_once_more(tmp_path: P
     first.joined("the agreement")
     first.ended()
     again = Place.taken(tmp_path, 1)
-    assert again.over and (again.incarnation, again.agreement) == (2, "the agreement")
+    assert again.over and (again.incarnation, again.agreement) == (first.incarnation + 1, "the agreement")
 
 
 def test_a_process_sees_that_a_newer_one_has_its_place(tmp_path: Path) -> None:
@@ -37,28 +60,37 @@ def test_a_process_sees_that_a_newer_one_has_its_place(tmp_path: Path) -> None:
     Place.taken(tmp_path, 2).check()  # of another stage
     newer = Place.taken(tmp_path, 1)
     newer.check()
-    with pytest.raises(Replaced, match="stage 1, incarnation 1, ends: 2 has taken its place"):
+    said = f"stage 1, incarnation {older.incarnation}, ends: {newer.incarnation} has taken its place"
+    with pytest.raises(Replaced, match=said):
         older.check()
 
 
 @pytest.mark.parametrize("change", ["cut", "flip", "other"])
 def test_a_damaged_note_is_refused_by_name(tmp_path: Path, change: str) -> None:
-    Place.taken(tmp_path, 0).joined("the agreement")
-    path = tmp_path / "stage-0" / START
+    Place.taken(tmp_path, 1).joined("the agreement")
+    path = tmp_path / "stage-1" / START
     text = path.read_bytes()
-    damaged = {"cut": text[:-9], "flip": text.replace(b": 1,", b": 3,"), "other": b"[1, 2]"}
+    damaged = {"cut": text[:-9], "flip": text.replace(b"the agreement", b"another one"), "other": b"[1, 2]"}
     path.write_bytes(damaged[change])
-    with pytest.raises(CheckpointError, match=rf"{START} is damaged .*remove .*stage-0"):
+    with pytest.raises(CheckpointError, match=rf"{START} is damaged .*remove .*stage-1"):
+        Place.taken(tmp_path, 1)
+
+
+def test_a_damaged_note_of_stage_0_is_the_end_of_the_run(tmp_path: Path) -> None:
+    """Made anew it would decide for another one, and the others would refuse it."""
+    Place.taken(tmp_path, 0)
+    (tmp_path / "stage-0" / START).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{START} is damaged .*begin another, and name its output.run"):
         Place.taken(tmp_path, 0)
 
 
 def test_a_note_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Place.taken(tmp_path, 0)
+    first = Place.taken(tmp_path, 0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(RunError, match=f"cannot write .*{START}: No space left"):
             Place.taken(tmp_path, 0)
-    assert Place.taken(tmp_path, 0).incarnation == 2
+    assert Place.taken(tmp_path, 0).incarnation == first.incarnation + 1
 
 
 def test_a_stage_is_healthy_while_its_loop_goes_round(tmp_path: Path) -> None:

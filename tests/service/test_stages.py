@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -126,6 +127,25 @@ def test_one_that_is_asked_to_end_saves_and_ends_alone(services: Make) -> None:
     run.until_trained(2, run.account(1).last + 20)
     exact(run)
     assert run.account(1).undone == 0
+
+
+def test_a_stage_whose_folder_was_removed_begins_anew_in_the_same_run(services: Make) -> None:
+    run = services(100_000, "unguided_batches = 100000")
+    run.start(0, 1, 2)
+    run.until_trained(2, 50)
+    run.kill(1)
+    run.until("stage 1 comes back", lambda: len(run.account(1).starts) == 2)  # so its neighbours have heard of two
+    run.until_trained(2, run.account(1).last + 20)
+    run.supervisors[1].terminate()
+    run.until("stage 1 ends", lambda: run.supervisors[1].poll() is not None)
+    shutil.rmtree(run.run / "stage-1")
+    before = run.account(2).last
+    run.start(1)
+    run.until_trained(2, before + 20)
+    anew = run.account(1)
+    assert len(anew.starts) == 1 and min(anew.begun) > before
+    assert list(anew.violations()) == [] and list(run.account(2).violations()) == []
+    assert [run.supervisors[k].poll() for k in range(3)] == [None] * 3
 
 
 def test_a_second_process_takes_the_place_of_the_first_at_a_socket_file_too(services: Make) -> None:
