@@ -3,6 +3,8 @@
     stage 0     makes the agreement (run id, folder, settings, plan) ──► store ──► every other stage
     stage k     binds a free port or a socket file, publishes it     ──► store ──► stage k+1 connects
 
+    start N     all processes anew, by torchrun, after a death: with keys of its own in the same store
+
 No port is configured by hand. Every wait has a limit, and a stage that fails tells those who wait for it.
 """
 
@@ -10,10 +12,11 @@ from __future__ import annotations
 
 import copy
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from dnipipe.errors import ConfigError, PeerStopped, WaitTimeout, told
 from dnipipe.loopback import LOOPBACK
+
+AGAIN = 0.5  # seconds until stage 0 looks anew who knocks
 
 
 class Rendezvous:
@@ -38,7 +43,7 @@ class Rendezvous:
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.serves = self.rank == 0 and not agents  # the store lives in this process, and ends with it
         try:
-            self._whole: Store = TCPStore(
+            store = TCPStore(
                 self.master,
                 port,
                 is_master=self.serves,
@@ -47,17 +52,49 @@ class Rendezvous:
             )
         except DistError as error:
             raise WaitTimeout(f"rank {self.rank} waited {timeout:g} s for the store of the launcher: {error}") from None
-        self.store = self._own_part()
+        self._all = PrefixStore("dnipipe", store)
+        if agents and self.machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            self.incarnation = self._counted()
+        self.store: Store = self._of(self.incarnation)
 
     def another(self, timeout: float) -> Rendezvous:
         """The next one of the same processes: it hears nothing that was said in this one."""
         made = copy.copy(self)
         made.timeout, made.number = timeout, self.number + 1
-        made.store = made._own_part()
+        made.store = made._of(made.incarnation)
         return made
 
-    def _own_part(self) -> Store:
-        return PrefixStore(f"dnipipe/{self.incarnation}/{self.number}", self._whole)
+    def _of(self, start: int) -> Store:
+        """The keys of one start of all the processes, of which torchrun may make several."""
+        return PrefixStore(f"{start}/{self.number}", self._all)
+
+    def _counted(self) -> int:
+        """Which start of all this is. The agents of several machines do not count alike: one counts the deaths of its
+        own processes, and not that it starts them again because another's have died. So stage 0 counts for all.
+
+        A number that lies there may be of an earlier start. So a stage knocks, in words of its own, and waits for the
+        answer to these.
+        """
+        self.store = self._all
+        if self.rank == 0:
+            start = int(self._all.add("starts", 1)) - 1
+            for rank in range(1, self.world):
+                self._admit(rank, start)
+            return start
+        word = secrets.token_hex(8)
+        self.publish(f"knock/{self.rank}", word)
+        start = int(self.get(f"start/{word}", "stage 0"))
+        self._of(start).set(f"here/{self.rank}", "")
+        return start
+
+    def _admit(self, rank: int, start: int) -> None:
+        """Tell that stage, once it knocks. Whoever has knocked may be dead, and another come in its place."""
+        for _ in range(max(1, int(self.timeout / AGAIN))):
+            self.publish(f"start/{self.get(f'knock/{rank}', f'stage {rank}')}", str(start))
+            with suppress(DistError):
+                self._of(start).wait([f"here/{rank}"], timedelta(seconds=AGAIN))
+                return
+        raise WaitTimeout(f"stage 0 waited {self.timeout:g} s for stage {rank} to come (transport.timeout)")
 
     def agree(self, make: Callable[[], str]) -> str:
         """What stage 0 makes, for all. If making it fails there, the others raise PeerStopped at once."""
@@ -67,6 +104,15 @@ class Rendezvous:
             self.publish("agreement", f"made {text}")
             return text
         return self.made("agreement", 0)
+
+    def earlier(self) -> str:
+        """What stage 0 made for all when they were last started, if an agent keeps the store; "" if it made nothing."""
+        for start in range(self.incarnation - 1, -1, -1):
+            store = self._of(start)
+            word, _, text = store.get("agreement").decode().partition(" ") if store.check(["agreement"]) else ("",) * 3
+            if word == "made":
+                return text
+        return ""
 
     @contextmanager
     def together(self, what: str, *promised: str) -> Iterator[None]:

@@ -86,6 +86,7 @@ def work(job: Job, resume: bool = False, name: str = "run") -> Path:
             f"{meeting.world} processes were started, but pipeline.stages = {settings.pipeline.stages}: "
             f"start {settings.pipeline.stages}, or set --pipeline.stages {meeting.world}"
         )
+    job, resume = _once_more(job, resume, meeting)
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
@@ -245,6 +246,19 @@ def settle(job: Job, agreed: Agreement) -> None:
         shutil.rmtree(folder / "trace", ignore_errors=True)
     if not job.script:
         write_config(folder, job.config)
+
+
+def _once_more(job: Job, resume: bool, meeting: Rendezvous) -> tuple[Job, bool]:
+    """Started again by torchrun, the run goes on in its own folder, whichever that was: (job, whether to resume it).
+
+    From its newest complete checkpoint, or anew if it has none. The store knows what this run's earlier start agreed
+    on: a folder that this run was refused, for it holds another, is no folder of its own.
+    """
+    if not (earlier := meeting.earlier()):
+        return job, resume
+    folder = Path(Agreement.from_json(earlier).folder)
+    job = replace(job, config=config.replace(job.config, output={"run": str(folder)}))
+    return job, any(folder.glob("checkpoints/*/manifest.json"))
 
 
 def _cut_as(found: checkpoint.Checkpoint | None, job: Job, model: nn.Module) -> Job:

@@ -4,6 +4,7 @@
 # HEAD             host and port of the rendezvous, served by the host it names (c10d: a private network only)
 # NODES            how many hosts
 # STAGES_PER_NODE  stages on each: its GPUs [1]
+# RESTARTS         how often all start again when one has died, from the newest checkpoint (checkpoint.every), or anew without one [3]
 # RUN_ID           what tells two runs at one HEAD apart [dnipipe]
 # ADDRESS          this host's address, where its name does not lead the others to it
 #
@@ -14,6 +15,6 @@ set -euo pipefail
 : "${HEAD:?HEAD=HOST:PORT names the host that serves the rendezvous}"
 : "${NODES:?NODES=N says how many hosts there are}"
 each=${STAGES_PER_NODE:-1}
-exec torchrun --nnodes "$NODES" --nproc-per-node "$each" \
+exec torchrun --nnodes "$NODES" --nproc-per-node "$each" --max-restarts "${RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN_ID:-dnipipe}" ${ADDRESS:+--local-addr "$ADDRESS"} \
   -m dnipipe train --pipeline.stages "$((NODES * each))" "$@"

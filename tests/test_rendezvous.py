@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+from dnipipe import rendezvous
 from dnipipe.errors import ConfigError, PeerStopped, WaitTimeout
 from dnipipe.loopback import BACKEND, LOOPBACK, LoopbackRendezvous
 from dnipipe.rendezvous import Rendezvous, socket_folder
@@ -204,6 +205,61 @@ def test_if_stage_0_fails_the_others_know_why(meet: Meet, error: BaseException, 
 def test_a_word_of_stage_0_that_begins_like_a_failure_is_none(meet: Meet) -> None:
     ends = all_at_once([meet(k) for k in range(2)], lambda one: one.agree(lambda: "failed stage 0: not really"))
     assert ends == ["failed stage 0: not really"] * 2
+
+
+def test_what_an_earlier_start_agreed_on_is_known_to_a_later_one(meet: Meet) -> None:
+    """The newest of those that agreed: one that failed first has decided nothing."""
+
+    def fails() -> str:
+        raise ConfigError("no such folder")
+
+    assert meet(0).earlier() == ""
+    meet(0).agree(lambda: "first of all")
+    assert [meet(k).earlier() for k in range(2)] == ["", ""]
+    again = [meet(k, TORCHELASTIC_RESTART_COUNT="1") for k in range(2)]
+    assert [one.earlier() for one in again] == ["first of all"] * 2
+    with pytest.raises(ConfigError):
+        again[0].agree(fails)
+    assert meet(0, TORCHELASTIC_RESTART_COUNT="2").earlier() == "first of all"
+    meet(0, TORCHELASTIC_RESTART_COUNT="2").agree(lambda: "third")
+    assert meet(1, TORCHELASTIC_RESTART_COUNT="3").earlier() == "third"
+
+
+def test_agents_that_count_differently_come_to_one_start(meet: Meet) -> None:
+    """On several machines: who was ended because another died was not restarted, its own agent says."""
+    for start in range(3):
+        meetings = [meet(k, 3, TORCHELASTIC_RESTART_COUNT=str(start * (k == 1))) for k in range(3)]
+        assert all_at_once(meetings, lambda one: one._counted()) == [start] * 3
+
+
+def test_one_that_knocked_and_died_is_not_taken_for_the_one_in_its_place(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "AGAIN", 0.1)
+    first, second = meet(0), meet(1)
+    second._all.set("knock/1", "of one that is dead")
+    assert all_at_once([first], lambda one: _end(one, timeout=0.2)) == [
+        "stage 0 waited 0.2 s for stage 1 to come (transport.timeout)"
+    ]
+    assert all_at_once([meet(0), second], lambda one: one._counted()) == [1, 1]
+
+
+def _end(one: Rendezvous, timeout: float) -> str:
+    one.timeout = timeout
+    with pytest.raises(WaitTimeout) as raised:
+        one._counted()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("machines", "restarts", "counts"), [("2", "1", True), ("1", "1", False), ("2", "0", False)])
+def test_it_is_counted_where_several_agents_may_start_all_again(
+    meet: Meet, monkeypatch: pytest.MonkeyPatch, machines: str, restarts: str, counts: bool
+) -> None:
+    monkeypatch.setattr(Rendezvous, "_counted", lambda one: 7)
+    found = meet(0, GROUP_WORLD_SIZE=machines, TORCHELASTIC_MAX_RESTARTS=restarts)
+    assert found.incarnation == (7 if counts else 0)
+    found.publish("word", "hello")
+    assert found._of(found.incarnation).get("word") == b"hello"
 
 
 # -- together ----------------------------------------------------------------------------------------------------
