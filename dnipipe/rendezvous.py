@@ -105,14 +105,14 @@ class Rendezvous:
             return text
         return self.made("agreement", 0)
 
-    def earlier(self) -> str:
-        """What stage 0 made for all when they were last started, if an agent keeps the store; "" if it made nothing."""
+    def earlier(self, key: str) -> str | None:
+        """TEXT, if an earlier start of all published `made TEXT` under the key, and an agent has kept the store."""
         for start in range(self.incarnation - 1, -1, -1):
             store = self._of(start)
-            word, _, text = store.get("agreement").decode().partition(" ") if store.check(["agreement"]) else ("",) * 3
+            word, _, text = store.get(key).decode().partition(" ") if store.check([key]) else ("",) * 3
             if word == "made":
                 return text
-        return ""
+        return None
 
     @contextmanager
     def together(self, what: str, *promised: str) -> Iterator[None]:

@@ -87,6 +87,8 @@ def work(job: Job, resume: bool = False, name: str = "run") -> Path:
             f"start {settings.pipeline.stages}, or set --pipeline.stages {meeting.world}"
         )
     job, resume = _once_more(job, resume, meeting)
+    if meeting.earlier("finished/0") is not None:  # the run is over: what died went on behind it
+        return Path(job.config.output.run)
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
@@ -254,7 +256,8 @@ def _once_more(job: Job, resume: bool, meeting: Rendezvous) -> tuple[Job, bool]:
     From its newest complete checkpoint, or anew if it has none. The store knows what this run's earlier start agreed
     on: a folder that this run was refused, for it holds another, is no folder of its own.
     """
-    if not (earlier := meeting.earlier()):
+    earlier = meeting.earlier("agreement")
+    if earlier is None:
         return job, resume
     folder = Path(Agreement.from_json(earlier).folder)
     job = replace(job, config=config.replace(job.config, output={"run": str(folder)}))

@@ -213,16 +213,16 @@ def test_what_an_earlier_start_agreed_on_is_known_to_a_later_one(meet: Meet) -> 
     def fails() -> str:
         raise ConfigError("no such folder")
 
-    assert meet(0).earlier() == ""
+    assert meet(0).earlier("agreement") is None
     meet(0).agree(lambda: "first of all")
-    assert [meet(k).earlier() for k in range(2)] == ["", ""]
+    assert [meet(k).earlier("agreement") for k in range(2)] == [None, None]
     again = [meet(k, TORCHELASTIC_RESTART_COUNT="1") for k in range(2)]
-    assert [one.earlier() for one in again] == ["first of all"] * 2
+    assert [one.earlier("agreement") for one in again] == ["first of all"] * 2
     with pytest.raises(ConfigError):
         again[0].agree(fails)
-    assert meet(0, TORCHELASTIC_RESTART_COUNT="2").earlier() == "first of all"
+    assert meet(0, TORCHELASTIC_RESTART_COUNT="2").earlier("agreement") == "first of all"
     meet(0, TORCHELASTIC_RESTART_COUNT="2").agree(lambda: "third")
-    assert meet(1, TORCHELASTIC_RESTART_COUNT="3").earlier() == "third"
+    assert meet(1, TORCHELASTIC_RESTART_COUNT="3").earlier("agreement") == "third"
 
 
 def test_agents_that_count_differently_come_to_one_start(meet: Meet) -> None:

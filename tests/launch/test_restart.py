@@ -24,7 +24,7 @@ TOTAL, EVERY = 300, 20  # batches; a checkpoint every so many
 ONE_HOST, SEVERAL = str(ROOT / "launch" / "torchrun.sh"), str(ROOT / "launch" / "multinode.sh")
 OURS = {**SMALL, "pipeline.stages": 2, "train.batches": TOTAL, "eval.sample": 0, "transport.timeout": 30}
 SCRIPT = """
-import sys
+import os, sys
 import torch, torch.nn as nn, torch.nn.functional as F
 import dnipipe
 torch.manual_seed(0)
@@ -33,6 +33,8 @@ model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 
 run = dnipipe.Run(model, stages=2, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1),
                   output={{"dir": sys.argv[1]}}, checkpoint={{"every": {every}}}, transport={{"timeout": 30.0}})
 summary = run.fit(list(zip(x.split(8), y.split(8), strict=True)))
+if {dies} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    os.kill(os.getpid(), 9)
 print("behind fit:", sum(p.isfinite().all().item() for p in run.model().parameters()), "tensors", flush=True)
 """
 
@@ -102,6 +104,14 @@ def words(**more: object) -> list[str]:
     return [f"--{name}={value}" for name, value in named.items()]
 
 
+def script(world: World, dies: bool) -> list[str]:
+    """One that trains; `dies`: rank 1 is killed behind its fit, once."""
+    path = world.folder / "train.py"
+    path.write_text(SCRIPT.format(total=TOTAL, every=EVERY, dies=dies))
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    return [*torchrun, str(path), str(world.folder / "runs")]
+
+
 def went_on(world: World) -> None:
     """The run came to its end, and its last start trained what was behind a checkpoint of the first."""
     assert world.statuses() == {0}, world.said.read_text()[-3000:]
@@ -129,14 +139,20 @@ def test_on_several_hosts_likewise(world: World, rank: int) -> None:
 
 
 def test_a_script_goes_on_likewise_and_behind_its_fit(world: World) -> None:
-    script = world.folder / "train.py"
-    script.write_text(SCRIPT.format(total=TOTAL, every=EVERY))
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    world.start(*torchrun, str(script), str(world.folder / "runs"))
+    world.start(*script(world, dies=False))
     world.until_saved()
     world.kill(1)
     went_on(world)
     assert world.said.read_text().count("behind fit: 6 tensors") == 2  # in each of the ranks
+
+
+def test_a_fit_that_had_come_to_its_end_is_not_made_again(world: World) -> None:
+    """Its script died behind it."""
+    world.start(*script(world, dies=True))
+    assert world.statuses() == {0}, world.said.read_text()[-3000:]
+    assert json.loads((world.run() / "summary.json").read_text())["train"]["batches"] == TOTAL
+    said = world.said.read_text()
+    assert said.count("data    the loader given to fit") == 1 and said.count("behind fit: 6 tensors") >= 2
 
 
 def test_a_death_before_the_first_checkpoint_begins_anew_in_the_same_folder(world: World) -> None:
