@@ -154,7 +154,7 @@ def test_it_ends_if_another_process_has_its_place(waits: Waits, place: Place, tm
         Place.taken(tmp_path, 0)
         soon(ears)
 
-    with pytest.raises(Replaced, match="2 has taken its place"):
+    with pytest.raises(Replaced, match=f"ends: {place.incarnation + 1} has taken its place"):
         waits(at_stage(waits, soon, replaced), place)
 
 
