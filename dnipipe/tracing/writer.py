@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 from dnipipe.disk import disk
@@ -35,7 +36,7 @@ class Trace:
         self._spans: list[tuple[str, float, float, int]] = []
         self._messages: list[tuple[str, int, str, int, float]] = []
         self._written = {"spans": 0, "messages": 0}
-        self._left, self._refused = LIMIT, False
+        self._left, self._refused, self._stand = LIMIT, False, 0
         self.dropped = 0
         self._line({"trace": FORMAT, "stage": stage, "stages": stages, "clock": clock_of_this_machine()})
 
@@ -57,13 +58,20 @@ class Trace:
         return True
 
     def flush(self) -> None:
-        """Write what is kept. Names need no quoting: they are our labels and types of messages. Raises DiskError."""
+        """Write what is kept. Names need no quoting: they are our labels and types of messages.
+
+        Raises DiskError; what was not written then is kept, for there may be room later.
+        """
         lines = [f'["{label}", {_ns(begin)}, {_ns(end)}, {batch}]\n' for label, begin, end, batch in self._spans]
         lines += [f'["{way}", {peer}, "{kind}", {batch}, {_ns(at)}]\n' for way, peer, kind, batch, at in self._messages]
-        self._put("".join(lines))
-        self._written["spans"] += len(self._spans)
-        self._written["messages"] += len(self._messages)
-        self._spans, self._messages = [], []
+        try:
+            self._put("".join(lines))
+        finally:
+            spans = min(self._stand, len(self._spans))
+            messages = self._stand - spans
+            self._written["spans"] += spans
+            self._written["messages"] += messages
+            self._spans, self._messages = self._spans[spans:], self._messages[messages:]
 
     def close(self) -> None:
         """With the last lines; if the disk has refused some before, they are not what matters now."""
@@ -78,14 +86,21 @@ class Trace:
         self._put(json.dumps(value) + "\n")
 
     def _put(self, text: str) -> None:
-        data = memoryview(text.encode())
-        with disk(f"cannot write {self._path}", f"make room there, {WITHOUT}, and resume the run"):
-            try:
-                while data:  # a disk that is nearly full takes a part
-                    data = data[self._file.write(data) :]
-            except OSError:
-                self._refused = True
-                raise
+        """Whole lines only: `_stand` says how many of the text's are in the file."""
+        data, begin, done = text.encode(), self._file.tell(), 0
+        self._refused = True
+        try:
+            with disk(f"cannot write {self._path}", f"make room there, {WITHOUT}, and resume the run"):
+                while done < len(data):  # a disk that is nearly full takes a part
+                    done += self._file.write(data[done:])
+            self._refused = False
+        finally:
+            whole = data.rfind(b"\n", 0, done) + 1
+            self._stand = data.count(b"\n", 0, whole)
+            if whole < done:
+                with suppress(OSError):
+                    self._file.truncate(begin + whole)
+                    self._file.seek(begin + whole)
 
 
 def _ns(seconds: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_process_that_was_killed_leaves_what_it_had_written(tmp_path: Path, wr
 
 
 def test_a_trace_that_the_disk_does_not_take_is_closed_without_another_word(tmp_path: Path) -> None:
-    """The run ends for the first reason; what was written is read, but for a line that was cut off."""
+    """The run ends for the first reason; what was written is read, to the last whole line."""
     path = tmp_path / "trace" / "stage-0.jsonl"
     trace = Trace(path, 0, 1)
     for n in range(100):
@@ -63,7 +64,23 @@ def test_a_trace_that_the_disk_does_not_take_is_closed_without_another_word(tmp_
             trace.flush()
         trace.close()
     (found,) = read(tmp_path)
-    assert 0 < len(found.spans) < 100 and not found.ended and path.stat().st_size == 1000
+    assert 0 < len(found.spans) < 100 and not found.ended
+    assert 950 < path.stat().st_size <= 1000 and path.read_bytes().endswith(b"\n")
+
+
+def test_a_trace_that_the_disk_takes_again_lacks_nothing(tmp_path: Path) -> None:
+    """As a stage on its own goes on without its metrics until there is room."""
+    trace = Trace(tmp_path / "trace" / "stage-0.jsonl", 0, 1)
+    for n in range(100):
+        trace.span("forward", n, n + 0.5, n)
+        trace.message(SENT, 1, "Activation", n, n + 0.25)
+    for room in (1000, 2001, 60_000):
+        with files_limited_to(room), suppress(DiskError):
+            trace.flush()
+    trace.close()
+    (found,) = read(tmp_path)
+    assert [span.batch for span in found.spans] == [message.batch for message in found.messages] == list(range(100))
+    assert found.ended
 
 
 def test_a_run_without_a_trace(tmp_path: Path) -> None:
