@@ -82,7 +82,21 @@ def alone(folder: Path) -> Iterator[None]:
         if descriptor is not None:
             with suppress(OSError):
                 path.unlink()
+            _held.discard(descriptor)
             os.close(descriptor)
+
+
+_held: set[int] = set()  # locks of this process
+
+
+def _let_go() -> None:
+    """In a child that is forked, as a DataLoader's workers are: a lock lasts as long as anyone has it open."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _locked(path: Path) -> int | None:
@@ -104,6 +118,7 @@ def _locked(path: Path) -> int | None:
             return None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                _held.add(descriptor)
                 return descriptor
         os.close(descriptor)  # the run that had it ended in this moment and took the file away: once more, a new one
     return None  # a file is never what it was a moment ago: such locks are none

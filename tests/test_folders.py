@@ -96,6 +96,24 @@ def test_another_process_is_kept_out_and_one_that_was_killed_keeps_nobody_out(tm
         pass
 
 
+def test_a_child_that_is_forked_holds_nobody_out(tmp_path: Path) -> None:
+    """As the workers of a DataLoader, which outlive a run that was killed by seconds."""
+    stays, goes = os.pipe()
+    with alone(tmp_path):
+        child = os.fork()
+        if not child:
+            os.close(goes)
+            os.read(stays, 1)
+            os._exit(0)
+    try:
+        with alone(tmp_path):
+            pass
+    finally:
+        os.close(goes)
+        os.waitpid(child, 0)
+        os.close(stays)
+
+
 def test_a_lock_on_a_file_that_was_taken_away_meanwhile_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
