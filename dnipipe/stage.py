@@ -45,6 +45,7 @@ from dnipipe.predictors import Loss
 from dnipipe.stash import Graphs, Stash
 
 POISONED = "activation not finite"  # why a batch is skipped, and the next stage never sees it
+OVERFLOWN = "output not finite"  # the same
 SPOILT = "gradient not finite"
 
 
@@ -148,7 +149,7 @@ class Stage:
             buffers.put_back()
             if not self.last:  # the last one sees it by the loss
                 self.descent.stand()
-                yield from self._leave(batch, y, "output not finite")
+                yield from self._leave(batch, y, OVERFLOWN)
                 return
         if not self.last:
             yield Activation(batch, out, y)  # 2
@@ -311,4 +312,4 @@ class Stage:
             yield Saved(message.batch, self.index)
 
 
-__all__ = ["POISONED", "Pending", "Stage"]
+__all__ = ["OVERFLOWN", "POISONED", "Pending", "Stage"]

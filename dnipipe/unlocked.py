@@ -81,10 +81,14 @@ class UnlockedStage(Stage):
         self.left_out.remove(message.batch)
         return iter(())
 
+    def _leave(self, batch: int, y: Tensor, why: str) -> Iterator[Message]:
+        """Its Input went on before anything was computed: the next stage answers it all the same."""
+        if not self.last:
+            self.left_out.add(batch)
+        yield from super()._leave(batch, y, why)
+
     def _leave_out(self, message: Input) -> Iterator[Message]:
         self.last_batch = message.batch
-        if not self.last:
-            self.left_out.add(message.batch)
         yield from self._leave(message.batch, message.y, "not drawn")
 
 

@@ -29,13 +29,13 @@ from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradien
 from dnipipe.predictors import VFBN
 from dnipipe.randomness import chance
 from dnipipe.sometimes import Sometimes
-from dnipipe.stage import Stage
+from dnipipe.stage import OVERFLOWN, POISONED, Stage
 from dnipipe.unlocked import UnlockedStage
 from tests import test_processes
 from tests.conftest import Line, blobs, make_stages, narrow
 from tests.test_laboratory import train
 from tests.test_processes import same
-from tests.test_stage import SGD, Fixed, layers, one_at_a_time
+from tests.test_stage import SGD, Fixed, Spoils, layers, one_at_a_time
 
 WIDTHS = (8, 12, 10)  # features of x, h0, h1
 
@@ -47,11 +47,14 @@ def guessing(k: int, net: nn.Module | None = None) -> Inputs | None:
 
 
 def unlocked(
-    rule: Callable[[int], GradientRule], nets: tuple[nn.Module, ...] = (), modules: list[nn.Module] | None = None
+    rule: Callable[[int], GradientRule],
+    nets: tuple[nn.Module, ...] = (),
+    modules: list[nn.Module] | None = None,
+    stop: bool = True,
 ) -> list[UnlockedStage]:
     """Stages of `layers`; nets are I_1, I_2."""
     models = [guessing(k, nets[k - 1] if nets and k else None) for k in range(3)]
-    made = make_stages(modules or layers(), rule, SGD, kind=lambda k: partial(UnlockedStage, models[k]))
+    made = make_stages(modules or layers(), rule, SGD, kind=lambda k: partial(UnlockedStage, models[k]), stop=stop)
     return [stage for stage in made if isinstance(stage, UnlockedStage)]
 
 
@@ -250,6 +253,21 @@ def test_a_busy_stage_passes_the_input_on_and_does_nothing_else() -> None:
     left = [stage.metrics.totals()["skipped.not drawn"] for stage in stages]
     assert left == [batches - sum(row) for row in rows]
     assert all(stage.metrics.totals()["batches"] == batches for stage in stages)
+
+
+@pytest.mark.parametrize(("at", "why"), [(0, POISONED), (1, OVERFLOWN)])
+def test_a_batch_that_turns_into_nan_is_answered_all_the_same(at: int, why: str) -> None:
+    """Its Input went on before that was known, and the next stage, which has its own guess, learns from it."""
+    modules, spoils = layers(), Spoils()
+    modules[1] = nn.Sequential(spoils, modules[1])
+    stages = unlocked(fixed, modules=modules, stop=False)
+    line = Line(stages)
+    for batch, (x, y) in enumerate(blobs(5), start=1):
+        spoils.armed = batch == 3 and at == 1
+        line.feed(Activation(batch, x * float("nan") if batch == 3 and at == 0 else x, y))
+        line.run()
+    assert stages[at].metrics.skipped[why] == 1 and all(stage.in_flight == 0 for stage in stages)
+    assert all(tensor.isfinite().all() for stage in stages for tensor in stage.module.state_dict().values())
 
 
 def test_a_batch_that_was_only_passed_on_takes_its_place_in_the_window_until_it_is_answered() -> None:

@@ -177,7 +177,9 @@ class Train:
     batches: int = setting(0, "batches to train, whatever the epochs (0: by epochs)", low=0)
     seed: int = setting(0, "decides initial weights, data order and dropout", low=0)
     on_nan: Literal["stop", "skip"] = setting(
-        "stop", "NaN or infinity, as the loss or in what comes from a neighbour, stops the run, or skips the batch"
+        "stop",
+        "NaN or infinity, as the loss or in what comes from a neighbour, stops the run; or skips the batch, then also "
+        "where it is in the data or arises in a stage",
     )
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dnipipe.errors import Replaced, RunError, TraceError
-from dnipipe.stage import POISONED
+from dnipipe.stage import OVERFLOWN, POISONED
 
 NAME = "ledger.jsonl"
 
@@ -182,11 +182,12 @@ def _take(found: Account, line: dict[str, Any]) -> None:
 def unexplained(before: Account, after: Account) -> list[int]:
     """Ids that a stage trained and the one behind it did not, without a reason in the first one's ledger.
 
-    A reason: what came was not finite, so nothing was sent; the next stage was away when the batch was sent; or a
-    connection ended, and then it owed an answer to the batch, or had not begun it when the next connection was made.
+    A reason: what came, or was made of it, was not finite, so nothing was sent; the next stage was away when the batch
+    was sent; or a connection ended, and then it owed an answer to the batch, or had not begun it when the next
+    connection was made.
     Also ids that only the second one has.
     """
-    unsent = {batch for batch, why in before.skipped.items() if why == POISONED}
+    unsent = {batch for batch, why in before.skipped.items() if why in (POISONED, OVERFLOWN)}
     missing = set(before.begun) - set(after.begun) - before.alone - before.lost - unsent
     return sorted(missing | set(after.begun) - set(before.begun))
 

@@ -10,6 +10,7 @@ import pytest
 
 from dnipipe.errors import Replaced, RunError, TraceError
 from dnipipe.service.ledger import NAME, Account, Ledger, read, unexplained
+from dnipipe.stage import OVERFLOWN, POISONED
 
 
 def opened(folder: Path, incarnation: int = 1, begin: int = 0) -> Ledger:
@@ -67,6 +68,9 @@ def test_a_batch_that_is_trained_twice_or_late_is_a_violation(begun: list[int], 
         (Account(begun=[1, 2, 3]), Account(begun=[1, 3]), [2]),
         (Account(begun=[1, 2, 3], alone={2}), Account(begun=[1, 3]), []),
         (Account(begun=[1, 2, 3], lost={2}), Account(begun=[1, 3]), []),
+        (Account(begun=[1, 2, 3], skipped={2: POISONED}), Account(begun=[1, 3]), []),
+        (Account(begun=[1, 2, 3], skipped={2: OVERFLOWN}), Account(begun=[1, 3]), []),
+        (Account(begun=[1, 2, 3], skipped={2: "no gradient came"}), Account(begun=[1, 3]), [2]),
         (Account(begun=[1, 3]), Account(begun=[1, 2, 3]), [2]),
         (Account(begun=[1, 2], lost={2}), Account(begun=[1, 2]), []),  # it arrived after all
     ],
