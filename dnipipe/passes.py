@@ -6,9 +6,7 @@ again     batch, x ──► h, later        with the same random numbers, no st
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
@@ -27,7 +25,7 @@ class Passes:
 
     def __init__(self, module: nn.Module, seed: int, first_layer: int, graphs: Graphs) -> None:
         self.module, self.seed, self.first_layer, self.graphs = module, seed, first_layer, graphs
-        self._writes: bool | None = None  # whether the first layer changes its input; None: not seen yet
+        _Entrance(module)
 
     def mode(self, training: bool) -> None:
         if self.module.training != training:
@@ -37,9 +35,10 @@ class Passes:
         """If h's graph may wait, it is one on the `held` copy; else its size is noted the first time."""
         reseed(self.seed, self.first_layer, batch)
         if held:
-            return self._into(partial(held.forward, self.module), x)
+            return held.forward(self.module, x)
         with self.graphs.measured(self.module, x) if stash and self.graphs.size(x) is None else nullcontext():
-            return self._into(self.module, x)
+            h: Tensor = self.module(x)
+        return h
 
     def again(self, batch: int, x: Tensor, stash: Stash | None = None) -> Tensor:
         """The forward of a batch that waited: buffers (BatchNorm) as they are, and kept so."""
@@ -47,19 +46,31 @@ class Passes:
         reseed(self.seed, self.first_layer, batch)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {**buffers, **(stash.weights if stash else {})}
-        return self._into(lambda x: functional_call(self.module, weights, (x,)), x)
-
-    def _into(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The module's output. Where it was seen to write into its input, as nn.ReLU(inplace=True) does, it is given a
-        copy: x is a leaf of the graph, and still needed.
-        """
-        if self._writes is False:
-            return module(x)
-        given = x.clone()
-        before = given._version  # counts what was written into a tensor
-        h = module(given)
-        self._writes = given._version != before
+        h: Tensor = functional_call(self.module, weights, (x,))
         return h
+
+
+class _Entrance:
+    """Gives a module that writes into its input, as nn.ReLU(inplace=True) does where a stage begins with it, a copy:
+    x is a leaf of the graph, or somebody else's, and still needed. The first call tells whether it writes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.writes: bool | None = None
+        self.before = 0  # how often what was given had been written into
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave)
+
+    def _enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.writes is False:
+            return None
+        given = inputs[0].clone()
+        self.before = given._version
+        return (given, *inputs[1:])
+
+    def _leave(self, module: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
+        if self.writes is None:
+            self.writes = inputs[0]._version != self.before
 
 
 __all__ = ["Passes"]

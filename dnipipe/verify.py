@@ -143,7 +143,8 @@ def plain(job: Job) -> Weights:
     trained = [p for p in model.parameters() if p.requires_grad]
     descent = Descent(job.optimizer(trained), job.schedule or optim.schedule(settings, total))
     for batch, (x, y) in enumerate(islice(cycle(task.train), total), start=1):
-        job.loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+        given = x.clone()  # a layer may write into it
+        job.loss(model(given), y).backward()  # type: ignore[no-untyped-call]
         descent.step(batch)
     return dict(model.state_dict())
 

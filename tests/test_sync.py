@@ -303,10 +303,11 @@ import os, sys, time, torch, torch.nn as nn, torch.nn.functional as F
 import dnipipe
 time.sleep(1.1 * int(os.environ.get("RANK", 0)))  # under torchrun: a new folder's name is another one a second later
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+relu = nn.ReLU(inplace=True)                                             # where two of the stages begin
+model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), relu, nn.Linear(16, 16), relu, nn.Linear(16, 3))
 x = torch.randn(90, 8); y = x[:, :3].argmax(1)
 loader = [(x[i:i + 32], y[i:i + 32]) for i in range(0, 90, 32)]          # the last batch is ragged
-run = dnipipe.Run(model, stages=3, loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2),
+run = dnipipe.Run(model, stages=[2, 4], loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2),
                   rule="sync", output={"dir": sys.argv[1], "quiet": True}, train={"seed": 3})
 summary = run.fit(loader, loader, epochs=20)
 loss = F.cross_entropy(run.model().eval()(x), y).item()
