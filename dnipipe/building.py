@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -65,13 +66,20 @@ def first_batch(task: Task) -> tuple[Tensor, Tensor]:
 
     Raises DataError if there is none, to train on or to evaluate on.
     """
-    if isinstance(task.validation, Sized) and not len(task.validation):
+    if _is_empty(task.validation):
         raise DataError("the validation data has no batch: give it some, or leave it out")
     with torch.random.fork_rng():
         pair = next(iter(task.train), None)
     if pair is None:
         raise DataError("the training data has no batch: it is empty")
     return check_batch(pair, task.classes, 1)
+
+
+def _is_empty(batches: Any) -> bool:
+    try:
+        return len(batches) == 0
+    except TypeError:  # none at all; or their number is not known: a generator, a DataLoader over a stream
+        return False
 
 
 def plan_for(job: Job, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
@@ -242,8 +250,9 @@ def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
 
 def check_model(model: nn.Module, plan: Plan, index: int) -> None:
     """Raises HandshakeError if the model built here is not the one that was planned."""
-    names = tuple(name for name, _ in model.named_children())
-    sizes = tuple(sum(p.numel() for p in layer.parameters()) for layer in model.children())
+    layers = split.places(model)
+    names = tuple(name for name, _ in layers)
+    sizes = tuple(sum(p.numel() for p in layer.parameters()) for _, layer in layers)
     for what, here, there in (("layers", names, plan.layers), ("parameters by layer", sizes, plan.parameters)):
         if here != there:
             raise HandshakeError(f"stage {index} built another model than stage 0: {what} {here} here, {there} there")

@@ -43,7 +43,7 @@ from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.opening import edges, opened
 from dnipipe.rendezvous import Rendezvous, socket_folder
-from dnipipe.split import Plan
+from dnipipe.split import Plan, places
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.sync import SyncStage
@@ -105,8 +105,10 @@ def work(job: Job, resume: bool = False, name: str = "run") -> Path:
             transport = stack.enter_context(
                 opened(meeting, settings, agreed.run_id, agreed.plan, Path(sockets.name), stage.metrics)
             )
-        if tasks and resume:
-            settle(job, agreed)
+        if agreed.start:
+            with meeting.together("settled"):  # before any stage writes into the folder
+                if tasks:
+                    settle(job, agreed)
         if isinstance(transport, ApartTransport):
             for side, lower in edges(meeting).items():
                 transport.join(side, meeting.part(f"{transport.way}/{lower}"))
@@ -269,7 +271,7 @@ def _cut_as(found: checkpoint.Checkpoint | None, job: Job, model: nn.Module) -> 
 
     A balance measured anew, or for another rule, might cut elsewhere, and what they have learnt would be lost.
     """
-    pipeline, names = job.config.pipeline, [name for name, _ in model.named_children()]
+    pipeline, names = job.config.pipeline, [name for name, _ in places(model)]
     if found is None or pipeline.boundaries or found.stages != pipeline.stages:
         return job
     lasts = [part.boundary for part in found.parts[:-1]]

@@ -115,7 +115,7 @@ def plan(
             f"the model is a {type(model).__name__}, and only an nn.Sequential can be cut between its children: "
             "wrap its parts as nn.Sequential(first, second, ...)"
         )
-    layers = [name for name, _ in model.named_children()]
+    layers = [name for name, _ in places(model)]
     if stages > len(layers):
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
     costs = _Costs(*_measure(model, x, device, prepare), y, classes, functools.cache(work))
@@ -191,8 +191,15 @@ def _cheapest(cost: Cost, trainable: Sequence[bool], stages: int) -> tuple[tuple
 
 def part(model: nn.Module, made: Plan, stage: int) -> nn.Sequential:
     """One stage as a module whose parameters keep the whole model's names."""
-    children = list(model.named_children())
+    children = places(model)
     return nn.Sequential(OrderedDict(children[layer] for layer in made.layers_of(stage)))
+
+
+def places(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of all that an nn.Sequential calls, in order. One layer may stand in several places, as a ReLU that
+    is used throughout; named_children would leave out all but the first.
+    """
+    return [(name, each) for name, each in model.named_modules(remove_duplicate=False) if name and "." not in name]
 
 
 class _Costs:
@@ -229,7 +236,7 @@ def _measure(
     forwards, backwards, outputs = [], [], []
     with torch.random.fork_rng():
         h = x.to(device)
-        for name, layer in model.named_children():
+        for name, layer in places(model):
             twin = prepare(copy.deepcopy(layer).to(device).train())
             try:
                 runs = [_seconds(twin, h) for _ in range(REPEATS)]
@@ -291,4 +298,4 @@ def _check(model: nn.Sequential, made: Plan, trainable: Sequence[bool]) -> None:
                 )
 
 
-__all__ = ["REPEATS", "Plan", "Work", "balance", "lap", "part", "plan"]
+__all__ = ["REPEATS", "Plan", "Work", "balance", "lap", "part", "places", "plan"]

@@ -7,6 +7,7 @@ stage 1          .   .   1   2   3   4
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,46 @@ def test_a_layer_that_writes_into_its_input_learns_as_one_that_does_not(rule: st
     assert same(*learnt)
 
 
+@pytest.mark.parametrize("stages", [[1, 3], [2, 4]])
+def test_a_layer_may_stand_in_several_places(stages: list[int], tmp_path: Path) -> None:
+    """One activation for all, in a stage or in two: what is trained is the model, and none of its places is missing."""
+    torch.manual_seed(1)
+    act = nn.Softsign()
+    model = nn.Sequential(nn.Linear(8, 16), act, nn.Linear(16, 16), act, nn.Linear(16, 3), act)
+    run = dnipipe.Run(
+        model,
+        stages=stages,
+        loss=F.cross_entropy,
+        optimizer=lambda p: torch.optim.Adam(p, 1e-2),
+        rule="wait",
+        transport={"kind": "local"},
+        output={"dir": str(tmp_path), "quiet": True},
+    )
+    alone = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(alone.parameters(), 1e-2)
+    run.fit(batches())
+    for x, y in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(alone(x), y).backward()
+        optimizer.step()
+    assert same(run.model().state_dict(), alone.state_dict())
+
+
+class Shifts(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h.sub_(1.0)
+
+
+def test_a_layer_that_writes_into_its_input_leaves_the_data_as_it_is(tmp_path: Path) -> None:
+    """Another evaluation measures the same."""
+    train, validation = batches(), batches()
+    run = a_run(tmp_path, nn.Sequential(Shifts(), nn.Linear(8, 16)), nn.Linear(16, 16), nn.Linear(16, 3))
+    run._settings["eval"] = {"every": 1}
+    run.fit(train, validation)
+    for (x, _), (untouched, _) in zip([*train, *validation], batches() * 2, strict=True):
+        assert torch.equal(x, untouched)
+
+
 def test_layers_train_in_training_mode_whatever_they_were_left_in(tmp_path: Path) -> None:
     """By their user, or by the evaluation at the end of the fit before."""
     run = a_run(tmp_path, nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), nn.Linear(6, 6), nn.Linear(6, 3))
@@ -387,6 +428,19 @@ def test_whole_numbers_that_name_no_class_have_a_loss_and_no_accuracy(
     run._loss = several_labels
     told = run.fit(data, data, epochs=30)
     assert told["eval"]["loss"] < 0.5 and told["eval"]["accuracy"] is None
+
+
+class Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+    """Data whose length nobody knows: its DataLoader has a __len__ that raises."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in batches():
+            yield from zip(x, y, strict=True)
+
+
+def test_validation_data_may_have_no_length(tmp_path: Path) -> None:
+    run = a_run(tmp_path, nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    assert run.fit(batches(), torch.utils.data.DataLoader(Stream(), batch_size=16))["eval"]["accuracy"] > 0
 
 
 def test_validation_data_without_a_batch_is_refused_before_the_training(

@@ -66,6 +66,17 @@ def test_a_resumed_run_begins_its_trace_anew(tmp_path: Path) -> None:
     assert trained == {0, *range(11, 16)}
 
 
+def test_a_resumed_run_has_the_traces_of_all_its_stages(tmp_path: Path) -> None:
+    """None begins to write before the old ones are gone."""
+    run = tmp_path / "run"
+    assert train(run, pipeline__stages=4, output__trace="true", train__batches=5)[0] == 0
+    for batches in (10, 15):
+        process = start("train", "--resume", str(run), *words(train__batches=batches, output__trace="true"))
+        _, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
+        assert sorted(path.name for path in (run / "trace").iterdir()) == [f"stage-{k}.jsonl" for k in range(4)]
+
+
 def test_without_a_trace_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert train(run, pipeline__stages=1, train__batches=5)[0] == 0
