@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,7 +19,7 @@ from dnipipe import inputs, optim, predictors, split
 from dnipipe.beside import Beside, beside
 from dnipipe.config import Config, phases
 from dnipipe.costs import work_of
-from dnipipe.data import Task, check_batch
+from dnipipe.data import Task, check_batch, length_of
 from dnipipe.errors import ConfigError, DataError, HandshakeError
 from dnipipe.execution import compile_forward, round_off, rounded
 from dnipipe.gradient_rules import RULES, GradientRule
@@ -36,6 +35,7 @@ from dnipipe.sometimes import Sometimes
 from dnipipe.split import Plan, Work
 from dnipipe.stage import Stage
 from dnipipe.staging import StagedTransport
+from dnipipe.started import unheard
 from dnipipe.stash import Graphs
 from dnipipe.sync import SyncStage
 from dnipipe.transport import Side, Transport
@@ -66,20 +66,15 @@ def first_batch(task: Task) -> tuple[Tensor, Tensor]:
 
     Raises DataError if there is none, to train on or to evaluate on.
     """
-    if _is_empty(task.validation):
+    if length_of(task.validation) == 0:
         raise DataError("the validation data has no batch: give it some, or leave it out")
     with torch.random.fork_rng():
-        pair = next(iter(task.train), None)
+        with unheard():
+            drawn = iter(task.train)
+        pair = next(drawn, None)
     if pair is None:
         raise DataError("the training data has no batch: it is empty")
     return check_batch(pair, task.classes, 1)
-
-
-def _is_empty(batches: Any) -> bool:
-    try:
-        return len(batches) == 0
-    except TypeError:  # none at all; or their number is not known: a generator, a DataLoader over a stream
-        return False
 
 
 def plan_for(job: Job, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
@@ -118,14 +113,13 @@ def _work(job: Job, y: Tensor, edge: Edge) -> Work:
 
 
 def total_batches(settings: Config, task: Task) -> int:
-    try:
-        an_epoch = len(task.train)
-    except TypeError:
+    an_epoch = length_of(task.train)
+    if an_epoch is None and not settings.train.batches:
         raise DataError(
-            "the training data has no length (len() fails): pass a DataLoader over a map-style Dataset, or a sequence "
-            "of batches"
-        ) from None
-    return settings.train.batches or settings.train.epochs * an_epoch
+            "the training data has no length (len() fails), so an epoch has no end that is known: set train.batches "
+            "(in a script train={'batches': N}), or pass a DataLoader over a map-style Dataset, or a list of batches"
+        )
+    return settings.train.batches or settings.train.epochs * (an_epoch or 0)
 
 
 def device_of(settings: Config) -> torch.device:
@@ -166,7 +160,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         module,
         rule_of(job, plan, index, measured),
         Descent(
-            job.optimizer([p for p in module.parameters() if p.requires_grad]),
+            optim.made_by(job.optimizer, [p for p in module.parameters() if p.requires_grad]),
             job.schedule or optim.schedule(settings, total),
             settings.optimizer.clip,
             settings.rule.accumulate,

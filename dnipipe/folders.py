@@ -136,7 +136,8 @@ def check_unused(folder: Path) -> None:
     """Raises ConfigError if the folder holds a run: a new one in it would overwrite its checkpoints."""
     if (folder / "summary.json").exists() or any(folder.glob("checkpoints/*/manifest.json")):
         raise ConfigError(
-            f"output.run = {folder} holds a run already: continue it with --resume {folder}, or name another folder"
+            f"output.run = {folder} holds a run already: continue it with --resume {folder} (in a script "
+            f'fit(..., resume="{folder}")), or name another folder'
         )
 
 

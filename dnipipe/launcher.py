@@ -26,8 +26,9 @@ from dnipipe.started import LAUNCHED
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher
 
 
-def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = False) -> int:
-    """Run `command` (arguments of this Python) once for each stage and wait for all. Returns the exit status.
+def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = False, where: str = "") -> int:
+    """Run `command` (arguments of this Python) once for each stage, in the folder `where` (this one), and wait for all.
+    Returns the exit status.
 
     The status is 0; or that of the first failure (1 for a killed process), which is printed; or 128 + the signal that
     asked this process to end.
@@ -51,6 +52,7 @@ def launch(stages: int, command: Sequence[str], mark: str = "1", debug: bool = F
         with _left_as_it_was():
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: K processes share this machine's cores
             os.environ[LAUNCHED] = mark
+            os.chdir(where or os.curdir)
             elastic_launch(launching, sys.executable)(*command)
     except ChildFailedError as error:
         failure = first_failure(error.failures)
@@ -71,14 +73,16 @@ def _hush(package: str) -> None:
 
 @contextmanager
 def _left_as_it_was() -> Iterator[None]:
-    """The environment and the signal handlers, which torch's launcher changes: a user's script goes on behind it."""
-    environment = dict(os.environ)
+    """The environment, the folder, and the signal handlers, which torch's launcher changes: a user's script goes on
+    behind it."""
+    environment, folder = dict(os.environ), os.getcwd()
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
+        os.chdir(folder)
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)

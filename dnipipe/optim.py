@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dnipipe.config import Config
+from dnipipe.errors import ConfigError
 
 OptimizerFactory = Callable[[Iterable[Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[int], float]  # batch id, from 1 -> factor on the learning rate
@@ -65,6 +66,23 @@ def schedule(config: Config, total: int) -> Schedule:
 def momentum_of(group: Mapping[str, Any]) -> float:
     """β, the part of an update that goes on into the next: of Adam and its like, of SGD; 0 if there is none."""
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
+def made_by(factory: OptimizerFactory, own: list[Parameter]) -> torch.optim.Optimizer:
+    """What a user's factory makes of a stage's weights. Raises ConfigError unless it is a stage's own optimizer."""
+    made = factory(own)
+    if not isinstance(made, torch.optim.Optimizer) or isinstance(made, torch.optim.LBFGS):
+        raise ConfigError(
+            f"optimizer made a {type(made).__name__}: expected an optimizer whose step() asks for nothing, as "
+            "torch.optim.AdamW(parameters, 1e-3); a factor on its rate is schedule=, batch id -> factor"
+        )
+    known = set(map(id, own))
+    if any(id(p) not in known for group in made.param_groups for p in group["params"]):
+        raise ConfigError(
+            "the optimizer holds weights that are not this stage's: make it of those that it is given, as "
+            "lambda parameters: torch.optim.AdamW(parameters, 1e-3)"
+        )
+    return made
 
 
 class Descent:

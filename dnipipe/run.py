@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
+from torch import Tensor
 
 from dnipipe import checkpoint
 from dnipipe.children import check_stages
@@ -32,11 +33,13 @@ from dnipipe.folders import begun
 from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
 from dnipipe.predictors import Loss
-from dnipipe.started import LAUNCHED, is_worker
+from dnipipe.started import HERE, LAUNCHED, is_worker
 
 if TYPE_CHECKING:
     from dnipipe.building import Job
     from dnipipe.process import Work
+
+VERIFIED, DIFFERS = "verified", "differs"  # in the place of a folder, for the processes of later fits
 
 _fits = 0  # how many fits this script has begun: which one a started process belongs to
 
@@ -71,6 +74,8 @@ class Run:
         clip: float = 0.0,
         **settings: dict[str, Any],
     ) -> None:
+        if "data" in settings:
+            raise ConfigError("[data] is for dnipipe train: a script's batches are those given to fit")
         if not callable(optimizer):
             raise ConfigError(
                 f"optimizer is a {type(optimizer).__name__}: expected what makes one of a stage's parameters, as "
@@ -91,21 +96,24 @@ class Run:
         self,
         train: Batches,
         validation: Batches | None = None,
-        epochs: int = 1,
+        epochs: int | None = None,
         *,
         resume: str | Path | None = None,
     ) -> dict[str, Any]:
         """Train; returns the run's summary (its keys: docs/files.md).
 
         Args:
-            train: batches (x, y), again from the start each epoch, with a length: a DataLoader, a list of batches.
-                Its order may use torch's global random state, which the seed and the epoch decide.
+            train: batches (x, y), again from the start each epoch: a DataLoader, a list of batches. Without a length
+                only if train.batches is set. Its order may use torch's global random state, which the seed and the
+                epoch decide.
             validation: evaluated at the end, and every eval.every batches.
+            epochs: passes over `train`; if left out as train.epochs says, 1 if that does not either.
             resume: the folder of a run to continue from its newest complete checkpoint.
 
         Raises UsageError for what can be mended; ends the script with status 1 if a stage fails.
         """
-        config = build({**self._settings, "train": {"epochs": epochs, **self._settings.get("train", {})}})
+        passes = {} if epochs is None else {"epochs": epochs}
+        config = build({**self._settings, "train": {**self._settings.get("train", {}), **passes}})
         here = is_worker() or config.transport.kind == "local"
         work = partial(self._train, config, train, validation, resume is not None)
         return self._read(self._start(work, here, str(resume) if resume else ""))
@@ -121,11 +129,12 @@ class Run:
             raise UsageError("Run.verify() starts its processes itself: run the script without torchrun")
         with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
             run = self._start(partial(self._verify, train, batches), started, str(Path(folder) / "run"))
-            if started:
-                return True  # in a process of a later fit: this was done before
+            if started:  # in a process of a later fit: this was done before
+                return str(run) == VERIFIED
             from dnipipe import verify  # what a launching process has no use for until now
 
             equal, lines = verify.read(run)
+            _folders[-1] = VERIFIED if equal else DIFFERS
         print("\n".join(lines), flush=True)
         return equal
 
@@ -166,8 +175,9 @@ class Run:
         if isinstance(self._model, nn.Sequential):
             check_stages(stages, len(self._model))
         with nullcontext(Path(folder)) if folder else begun(build(self._settings).output, "fit") as made:
-            _folders[-1] = str(made)
-            status = launch(stages, _own_command(), json.dumps(_folders))
+            # the copies begin where this process began, and the script may have moved since
+            _folders[-1] = str(made if os.getcwd() == HERE else made.absolute())
+            status = launch(stages, _own_command(), json.dumps(_folders), where=HERE)
             if status:
                 sys.exit(status)
         return made
@@ -186,7 +196,17 @@ class Run:
         from dnipipe.building import Job  # what a launching process has no use for
 
         task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
-        return Job(config, lambda: self._model, self._loss, self._optimizer, lambda: task, self._schedule, script=True)
+        loss = partial(_one_number, self._loss)
+        return Job(config, lambda: self._model, loss, self._optimizer, lambda: task, self._schedule, script=True)
+
+
+def _one_number(loss: Loss, h: Tensor, y: Tensor) -> Tensor:
+    """The user's loss. Raises ConfigError if it gives anything else, where that would be a puzzle later."""
+    value = loss(h, y)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ConfigError(f"loss gave {what} for an output {tuple(h.shape)}: expected one number, the batch's mean")
+    return value
 
 
 def _guarded(job: Job, resume: bool = False, part: Work | None = None) -> Path:
@@ -213,8 +233,9 @@ def _own_command() -> list[str]:
     arguments = sys.orig_argv[1:]
     if not arguments or arguments == ["-"] or hasattr(sys, "ps1"):
         raise UsageError(
-            "fit() starts this script again, once for each stage, and there is none: this is an interactive session. "
-            "Save it as a file and run: python train.py"
+            "this script is to be started again, once for each stage, and there is none: this is an interactive "
+            "session. Save it as a file and run: python train.py; or train in this process alone, with "
+            "transport={'kind': 'local'}"
         )
     return arguments
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 LAUNCHED = "DNIPIPE_LAUNCHED"  # set in the processes that the launcher starts; its value is for them
+try:
+    HERE = os.getcwd()  # where this process was started: a script may change that before it trains
+except OSError:  # the folder is gone
+    HERE = "/"
 
 
 def is_worker() -> bool:
@@ -24,4 +29,16 @@ def end_quietly_on_interrupt() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-__all__ = ["LAUNCHED", "end_quietly_on_interrupt", "is_worker"]
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Processes started within do not hear Ctrl-C, which a terminal sends to all: the workers of a DataLoader are to
+    live until the run, which hears of it, has ended in order. This process hears of it behind the `with`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+__all__ = ["HERE", "LAUNCHED", "end_quietly_on_interrupt", "is_worker", "unheard"]

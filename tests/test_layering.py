@@ -60,13 +60,14 @@ MAY = {
     "gloo": "errors rendezvous transport",
     "schedules": "errors metrics predictors",
     "sync": "config errors messages predictors randomness schedules split stage",
-    "head": "checkpoint config data display errors messages metrics randomness",
+    "head": "checkpoint config data display errors messages metrics randomness started",
     "greeting": "errors messages transport",
     "measured": "messages metrics tracing transport",
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "beside config costs data errors execution gradient_rules inputs last_stage learner lessons metrics "
-    "optim phases predictors randomness sometimes split stage staging stash sync transport unlocked window wire",
+    "optim phases predictors randomness sometimes split stage staging started stash sync transport unlocked window "
+    "wire",
     "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
     "session": "building checkpoint config data disk display errors folders gloo greeting head messages metrics "

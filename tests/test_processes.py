@@ -40,7 +40,9 @@ def words(**settings: object) -> list[str]:
     return [f"--{name}={value}" for name, value in {**OURS, **named}.items()]
 
 
-def start(*arguments: str, program: tuple[str, ...] = ("-m", "dnipipe")) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, program: tuple[str, ...] = ("-m", "dnipipe"), cwd: Path | None = None
+) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
@@ -48,6 +50,7 @@ def start(*arguments: str, program: tuple[str, ...] = ("-m", "dnipipe")) -> subp
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=cwd,
         start_new_session=True,
     )
 
@@ -343,3 +346,45 @@ def test_a_users_own_model_runs_as_a_script_and_under_torchrun(tmp_path: Path, l
     assert process.returncode == 0, err
     assert out.count("after 60 1800 True True 3 True") == (3 if launcher else 1), out + err
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+WANDERER = """
+import os, sys, torch, torch.nn as nn, torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+import dnipipe
+os.chdir(sys.argv[1])  # as hydra does
+torch.manual_seed(0)
+x = torch.randn(256, 8)
+data = TensorDataset(x, x[:, :3].argmax(1))
+loader = DataLoader(data, 32, shuffle=True, num_workers=1, persistent_workers=True)
+run = dnipipe.Run(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), stages=[2], loss=F.cross_entropy,
+                  optimizer=lambda p: torch.optim.Adam(p, 1e-2), output={"run": "run", "every": 0.2})
+run.fit(loader, epochs=int(sys.argv[2]))
+sys.stdout.write(f"in {os.path.basename(os.getcwd())}\\n")
+"""
+
+
+def test_a_script_may_move_to_another_folder_before_it_trains(tmp_path: Path) -> None:
+    """Its copies begin where it began, and the run is where it was named."""
+    script, other = tmp_path / "train.py", tmp_path / "other"
+    script.write_text(WANDERER)
+    other.mkdir()
+    process = start("train.py", str(other), "2", program=(), cwd=tmp_path)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0 and "in other" in out, err
+    assert (other / "run" / "summary.json").exists()
+
+
+def test_the_workers_of_a_loader_live_until_an_interrupted_run_has_saved(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to all processes; those that were forked for the first batch, too."""
+    script = tmp_path / "train.py"
+    script.write_text(WANDERER)
+    process = start(str(script), str(tmp_path), "100000", program=())
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "run").glob("metrics/stage-1.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert "stopped at batch" in out and "Traceback" not in err, out + err
+    assert list((tmp_path / "run").glob("checkpoints/*/manifest.json"))

@@ -97,7 +97,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The folders that the processes were told of, start by start; they do nothing but leave a summary."""
     told: list[list[str]] = []
 
-    def launch(stages: int, command: Sequence[str], mark: str) -> int:
+    def launch(stages: int, command: Sequence[str], mark: str, where: str) -> int:
         told.append(json.loads(mark))
         assert stages == 2 and Path(told[-1][-1]).is_dir()
         Path(told[-1][-1], "summary.json").write_text("{}")
@@ -141,3 +141,93 @@ def test_more_stages_than_layers_are_refused_before_any_is_started(launched: lis
     with pytest.raises(SplitError, match="3 stages, but the model has only 2 layers"):
         run.fit(BATCHES)
     assert not launched and not list(tmp_path.iterdir())
+
+
+# -- what a script's functions return ----------------------------------------------------------------------------
+
+
+def with_a_scheduler(parameters: Any) -> Any:
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+STRANGER = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "loss", "says"),
+    [
+        (with_a_scheduler, F.cross_entropy, "optimizer made a tuple: expected an optimizer"),
+        (lambda p: torch.optim.LBFGS(p), F.cross_entropy, "optimizer made a LBFGS"),
+        (lambda p: torch.optim.SGD(STRANGER.parameters(), 0.1), F.cross_entropy, "weights that are not this stage's"),
+        (
+            lambda p: torch.optim.SGD(p, 0.1),
+            lambda h, y: F.cross_entropy(h, y, reduction="none"),
+            "loss gave a tensor (8,) for an output (8, 3): expected one number",
+        ),
+        (lambda p: torch.optim.SGD(p, 0.1), lambda h, y: {"loss": F.cross_entropy(h, y)}, "loss gave a dict"),
+    ],
+)
+def test_what_is_no_optimizer_and_no_loss_is_refused_in_a_line(
+    optimizer: Any, loss: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(optimizer, output={"dir": str(tmp_path)})
+    run._loss = loss
+    with pytest.raises(SystemExit) as end:
+        run.fit(BATCHES)
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and says in told and len(told.splitlines()) == 1
+
+
+def test_a_section_that_a_script_has_no_use_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\[data\] is for dnipipe train"):
+        a_run(data={"batch": 7})
+
+
+def test_a_setting_that_is_given_as_a_section_is_recognized() -> None:
+    with pytest.raises(ConfigError, match=r"unknown section \[seed\] \(did you mean train\.seed\?\)"):
+        a_run(seed=1)
+
+
+# -- how long ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said", "given", "passes"), [({}, None, 1), ({"epochs": 2}, None, 2), ({"epochs": 2}, 3, 3)])
+def test_epochs_of_the_call_go_over_those_of_the_settings(
+    said: dict[str, int], given: int | None, passes: int, tmp_path: Path
+) -> None:
+    told = a_run(train=said, output={"dir": str(tmp_path)}).fit(BATCHES, epochs=given)
+    assert told["train"]["batches"] == passes * len(BATCHES)
+
+
+class Stream:
+    """Batches whose number nobody knows before they are drawn."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches, self.begun = batches, 0
+
+    def __iter__(self) -> Any:
+        self.begun += 1
+        return iter(self.batches)
+
+
+def test_a_stream_is_trained_on_for_as_many_batches_as_are_asked_for(tmp_path: Path) -> None:
+    """Again from its start at its end; and a resumed run goes on where it stood."""
+    stream: Any = Stream(BATCHES)
+    cut = a_run(train={"batches": 4}, output={"run": str(tmp_path / "cut")})
+    assert cut.fit(stream)["train"]["batches"] == 4
+    again = a_run(train={"batches": 8})
+    assert again.fit(stream, resume=tmp_path / "cut")["train"]["batches"] == 4
+    whole = a_run(train={"batches": 8}, output={"run": str(tmp_path / "whole")})
+    whole.fit(Stream(BATCHES))  # type: ignore[arg-type]
+    found = [checkpoint.weights(tmp_path / name) for name in ("cut", "whole")]
+    assert found[0].keys() == found[1].keys()
+
+
+def test_a_stream_needs_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        a_run(output={"dir": str(tmp_path)}).fit(Stream(BATCHES))  # type: ignore[arg-type]
+    assert end.value.code == 2 and "set train.batches" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        a_run(train={"batches": 5}, output={"dir": str(tmp_path)}).fit(iter(BATCHES))  # type: ignore[arg-type]
+    assert end.value.code and "begins no second time" in capsys.readouterr().err

@@ -51,7 +51,9 @@ def build(values: Mapping[str, Any]) -> Config:
     parts = {}
     for section, table in _begun(values).items():
         if section not in sections:
-            raise ConfigError(f"unknown section [{section}]{nearest(section, sections)}")
+            within = [name for name in _all_names() if name.partition(".")[2] == section]
+            near = f" (did you mean {within[0]}?)" if within else nearest(section, sections)
+            raise ConfigError(f"unknown section [{section}]{near}")
         if not isinstance(table, Mapping):
             raise ConfigError(
                 f"{section} = {table!r} is a section, not a setting: write [{section}] above its settings"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from dnipipe.config import Config
 from dnipipe.data import cifar10, mnist, text
-from dnipipe.data.task import Batches, Samples, Task, check_batch
+from dnipipe.data.task import Batches, Samples, Task, check_batch, length_of
 from dnipipe.data.text import bigram, stdlib_files
 
 LOADERS: dict[str, Callable[[Config], Task]] = {
@@ -34,4 +34,4 @@ def load(config: Config) -> Task:
     return LOADERS[config.data.name](config)
 
 
-__all__ = ["Batches", "Samples", "Task", "bigram", "check_batch", "load", "stdlib_files"]
+__all__ = ["Batches", "Samples", "Task", "bigram", "check_batch", "length_of", "load", "stdlib_files"]

@@ -33,6 +33,14 @@ class Task:
     prompt: Tensor | None  # (1, T) int64, bytes to continue; None: this is no text
 
 
+def length_of(batches: Batches | None) -> int | None:
+    """None: it is not known (a generator, a DataLoader over a stream), or there are none at all."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 class Samples:
     """Batches gathered from tensors in memory.
 
@@ -88,7 +96,8 @@ def _check_labels(y: Tensor, classes: int, batch: int) -> None:
         position = tuple(wrong.nonzero()[0].tolist())
         raise DataError(
             f"batch {batch}: label {y[position].item()} at position {list(position)} of y {tuple(y.shape)} is outside "
-            f"[0, {classes}): number the classes from 0"
+            f"[0, {classes}): number the classes from 0 (an index that the loss ignores is not supported: leave such "
+            "samples out, or give them a class of their own)"
         )
 
 
