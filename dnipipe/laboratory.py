@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from dnipipe.agreement import agree, owned, settle
 from dnipipe.building import Job
 from dnipipe.data import Task
 from dnipipe.errors import PeerError, RunError
-from dnipipe.session import agree, build, conclude, head_of, interruptible, owned, settle, worker_of
+from dnipipe.session import build, conclude, head_of, interruptible, worker_of
 from dnipipe.transport.laboratory import Laboratory, LaboratoryTransport
 from dnipipe.worker import Worker
 

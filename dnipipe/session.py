@@ -6,44 +6,27 @@ work(job):  rendezvous ─► agree (stage 0 loads the data, measures, cuts) ─
 
 from __future__ import annotations
 
-import json
-import secrets
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn as nn
-from torch import Tensor
 
-from dnipipe import checkpoint, config, gloo, metrics, result
-from dnipipe.building import (
-    Job,
-    build_stage,
-    check_model,
-    first_batch,
-    plan_for,
-    total_batches,
-    window_of,
-    wired,
-)
+from dnipipe import checkpoint, gloo, metrics, result
+from dnipipe.agreement import Agreement, agree, once_more, owned, settle, share_weights
+from dnipipe.building import Job, build_stage, check_model, window_of, wired
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
-from dnipipe.disk import disk
 from dnipipe.display import Display
-from dnipipe.errors import ConfigError, DataError
-from dnipipe.folders import ELSEWHERE, INITIAL, alone, begun, check_unused, write_config
+from dnipipe.errors import ConfigError
 from dnipipe.greeting import check_settings
 from dnipipe.head import Head
 from dnipipe.messages import Hello
 from dnipipe.metrics import JsonLines, StageMetrics
 from dnipipe.opening import edges, opened
 from dnipipe.rendezvous import Rendezvous, socket_folder
-from dnipipe.split import Plan, places
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
 from dnipipe.sync import SyncStage
@@ -51,27 +34,6 @@ from dnipipe.tracing.writer import Trace
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.apart import ApartTransport
 from dnipipe.worker import Worker
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What stage 0 decides for all."""
-
-    run_id: str
-    folder: str
-    total: int  # the last batch id
-    start: int  # the batch id of the checkpoint to continue from; 0: from the beginning
-    settings: tuple[str, ...]
-    plan: Plan
-
-    def to_json(self) -> str:
-        return json.dumps({**vars(self), "plan": self.plan.to_json()})
-
-    @classmethod
-    def from_json(cls, text: str) -> Agreement:
-        values = json.loads(text)
-        plan, settings = Plan.from_json(values.pop("plan")), tuple(values.pop("settings"))
-        return cls(plan=plan, settings=settings, **values)
 
 
 def work(job: Job, resume: bool = False, name: str = "run") -> Path:
@@ -86,7 +48,7 @@ def work(job: Job, resume: bool = False, name: str = "run") -> Path:
             f"{meeting.world} processes were started, but pipeline.stages = {settings.pipeline.stages}: "
             f"start {settings.pipeline.stages}, or set --pipeline.stages {meeting.world}"
         )
-    job, resume = _once_more(job, resume, meeting)
+    job, resume = once_more(job, resume, meeting.earlier("agreement"))
     if meeting.earlier("finished/0") is not None:  # the run is over: what died went on behind it
         return Path(job.config.output.run)
     torch.manual_seed(settings.train.seed)
@@ -137,7 +99,7 @@ def build(job: Job, model: nn.Module, agreed: Agreement, rank: int) -> Stage:
     check_settings(shared_settings(job.config), agreed.settings, f"stage {rank}", "stage 0")
     check_model(model, agreed.plan, rank)
     if job.script and not agreed.start:
-        _share_weights(model, Path(agreed.folder), rank)
+        share_weights(model, Path(agreed.folder), rank)
     stage = build_stage(job, model, agreed.plan, rank, agreed.total, StageMetrics(rank, agreed.plan.stages))
     if agreed.start:
         saved = checkpoint.at(Path(agreed.folder), agreed.start)
@@ -203,96 +165,6 @@ def conclude(job: Job, task: Task, agreed: Agreement, head: Head) -> None:
     summary = metrics.summary(settings.rule.name, head.evaluation, totals)
     metrics.write_json(folder / "summary.json", summary)
     result.closing(job, task, folder, head, summary)
-
-
-# -- what stage 0 decides ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def owned(job: Job, resume: bool, name: str) -> Iterator[Job]:
-    """The job, with the run's folder made, named in its settings, and this run's alone."""
-    with begun(job.config.output, name, resume) as folder, alone(folder):
-        yield replace(job, config=config.replace(job.config, output={"run": str(folder)}))
-
-
-def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreement:
-    """What stage 0 decides; its data, which only it has, goes into `tasks`. Writes what a new run begins with."""
-    settings, task = job.config, job.task()
-    folder = Path(settings.output.run)
-    if not resume:
-        check_unused(folder)
-    found = checkpoint.newest(folder) if resume else None
-    x, y = first_batch(task)
-    plan = plan_for(_cut_as(found, job, model), model, x, y, task.classes)
-    tasks.append(replace(task, classes=plan.classes))
-    total, start = total_batches(settings, task), found.batch if found else 0
-    if start >= total:
-        raise ConfigError(
-            f"the checkpoint in {folder} is at batch {start} and the run ends at {total}: "
-            "raise train.batches or train.epochs to go on"
-        )
-    with disk(f"cannot make {folder / 'metrics'}", ELSEWHERE, start=True):
-        (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    agreed = Agreement(secrets.token_hex(8), str(folder), total, start, shared_settings(settings), plan)
-    if not resume:
-        settle(job, agreed)
-        if job.script:
-            with disk(f"cannot write {folder / INITIAL}", ELSEWHERE, start=True):
-                checkpoint.write_tensors(folder / INITIAL, _whole(model))
-    return agreed
-
-
-def settle(job: Job, agreed: Agreement) -> None:
-    """Write down what is trained, over what the start before has left. A resumed run is settled once every stage is
-    built: if one refuses the settings, the folder stays as it was, and can be resumed as before."""
-    folder = Path(agreed.folder)
-    if job.config.output.trace:  # times of two starts do not make one timeline
-        shutil.rmtree(folder / "trace", ignore_errors=True)
-    if not job.script:
-        write_config(folder, job.config)
-
-
-def _once_more(job: Job, resume: bool, meeting: Rendezvous) -> tuple[Job, bool]:
-    """Started again by torchrun, the run goes on in its own folder, whichever that was: (job, whether to resume it).
-
-    From its newest complete checkpoint, or anew if it has none. The store knows what this run's earlier start agreed
-    on: a folder that this run was refused, for it holds another, is no folder of its own.
-    """
-    earlier = meeting.earlier("agreement")
-    if earlier is None:
-        return job, resume
-    folder = Path(Agreement.from_json(earlier).folder)
-    job = replace(job, config=config.replace(job.config, output={"run": str(folder)}))
-    return job, any(folder.glob("checkpoints/*/manifest.json"))
-
-
-def _cut_as(found: checkpoint.Checkpoint | None, job: Job, model: nn.Module) -> Job:
-    """Without boundaries a run goes on cut as it was, if in as many stages: its predictors stand where the cuts are.
-
-    A balance measured anew, or for another rule, might cut elsewhere, and what they have learnt would be lost.
-    """
-    pipeline, names = job.config.pipeline, [name for name, _ in places(model)]
-    if found is None or pipeline.boundaries or found.stages != pipeline.stages:
-        return job
-    lasts = [part.boundary for part in found.parts[:-1]]
-    if not set(lasts) <= set(names):
-        return job  # of another model, which is said when it is loaded
-    cut = tuple(names.index(last) + 1 for last in lasts)
-    return replace(job, config=config.replace(job.config, pipeline={"boundaries": cut}))
-
-
-def _whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _share_weights(model: nn.Module, folder: Path, rank: int) -> None:
-    """A user's script builds the model in every process; the weights that count are those of stage 0."""
-    path = folder / INITIAL
-    if not path.exists():
-        raise DataError(
-            f"stage {rank} cannot see {path}, the initial weights: put output.dir on a folder all machines share"
-        )
-    model.load_state_dict(safetensors.torch.load_file(path))
 
 
 # -- connecting --------------------------------------------------------------------------------------------------

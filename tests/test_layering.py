@@ -70,15 +70,16 @@ MAY = {
     "wire",
     "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
-    "session": "building checkpoint config data disk display errors folders gloo greeting head messages metrics "
-    "opening rendezvous result split stage state sync tracing transport worker",
-    "service": "building checkpoint codec config data errors expected greeting head keys messages metrics opening "
-    "session socket_file split stage state transport worker",
+    "agreement": "building checkpoint config data disk errors folders split",
+    "session": "agreement building checkpoint config data display errors gloo greeting head messages metrics opening "
+    "rendezvous result stage state sync tracing transport worker",
+    "service": "agreement building checkpoint codec config data errors expected greeting head keys messages metrics "
+    "opening session socket_file split stage state transport worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",
     "jobs": "building config data models optim",
-    "laboratory": "building data errors session transport worker",
+    "laboratory": "agreement building data errors session transport worker",
     "compare": "building config errors gloo jobs loopback sync",
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
@@ -92,7 +93,7 @@ FOREIGN = {  # libraries that only these may import
     "zmq": {"transport", "keys"},
     "msgpack": {"codec"},
     "xxhash": {"codec"},
-    "safetensors": {"checkpoint", "session"},
+    "safetensors": {"checkpoint", "agreement"},
     "rich": {"display"},
     "matplotlib": {"tracing"},
     "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process", "gloo", "schedules"},

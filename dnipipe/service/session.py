@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dnipipe import checkpoint
+from dnipipe.agreement import Agreement, agree
 from dnipipe.building import Job, build_stage, check_model
 from dnipipe.config import Config, shared_settings
 from dnipipe.data import Task
@@ -44,7 +45,7 @@ from dnipipe.service.ledger import NAME, Ledger
 from dnipipe.service.links import Links, Up
 from dnipipe.service.place import Place, check, check_free, endpoint, own_endpoint
 from dnipipe.service.script import PatientHead
-from dnipipe.session import Agreement, agree, conclude, head_of, interruptible, worker_of
+from dnipipe.session import conclude, head_of, interruptible, worker_of
 from dnipipe.split import part
 from dnipipe.stage import Stage
 from dnipipe.state import boundary_of, first_of, load_state, state_of
