@@ -103,8 +103,10 @@ def _in_classes(y: Tensor, classes: int | None, where: str) -> None:
         return
     if y.is_floating_point() or y.is_complex():
         raise MessageError(f"{where}: labels are {y.dtype}, expected whole numbers in [0, {classes})", WRONG)
-    whole = y.long()  # not every dtype can be compared
-    if bool(((whole < 0) | (whole >= classes)).any()):
+    if not y.numel():
+        raise MessageError(f"{where}: there is no label", WRONG)
+    low, high = torch.aminmax(y.long())  # not every dtype can be compared
+    if int(low) < 0 or int(high) >= classes:
         raise MessageError(f"{where}: a label is outside [0, {classes})", WRONG)
 
 

@@ -78,6 +78,7 @@ def test_what_belongs_there_passes(side: Side, message: Message) -> None:
         ),
         (Side.PREVIOUS, Activation(7, torch.zeros(8, 5, 4), Y + 3), r"Activation.y of batch 7: .* outside \[0, 3\)"),
         (Side.PREVIOUS, Activation(7, torch.zeros(8, 5, 4), Y - 1), r"a label is outside"),
+        (Side.PREVIOUS, Activation(7, torch.zeros(8, 5, 4), Y[:0]), r"there is no label"),
         (Side.PREVIOUS, Activation(7, torch.zeros(8, 5, 4), Y.float()), r"labels are torch.float32"),
         (Side.PREVIOUS, Activation(7, torch.zeros(8, 5, 4), (Y + 3).to(torch.uint16)), r"a label is outside"),
         (Side.PREVIOUS, Evaluation(7, torch.zeros(8, 5, 4), Y + 3), r"Evaluation.y of batch 7: a label is outside"),
