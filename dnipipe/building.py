@@ -175,6 +175,7 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         beside=beside_of(settings),
         # a compiled graph may reuse what it has saved, and is gone after one backward
         graphs=Graphs(0 if compiled else settings.pipeline.memory * 2**20 // 2),
+        copies=plan.copies(index),
     )
 
 

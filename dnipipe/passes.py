@@ -21,11 +21,14 @@ class Passes:
     module: the layers.
     seed: with the batch id and `first_layer`, decides every random number drawn in a pass.
     graphs: how many may be kept.
+    copies: whoever calls the module, give it a copy: it begins with a layer that writes into its input, which is a leaf
+        of the graph, or somebody else's, and still needed.
     """
 
-    def __init__(self, module: nn.Module, seed: int, first_layer: int, graphs: Graphs) -> None:
+    def __init__(self, module: nn.Module, seed: int, first_layer: int, graphs: Graphs, copies: bool = False) -> None:
         self.module, self.seed, self.first_layer, self.graphs = module, seed, first_layer, graphs
-        _Entrance(module)
+        if copies:
+            module.register_forward_pre_hook(_copied)
 
     def mode(self, training: bool) -> None:
         if self.module.training != training:
@@ -50,27 +53,8 @@ class Passes:
         return h
 
 
-class _Entrance:
-    """Gives a module that writes into its input, as nn.ReLU(inplace=True) does where a stage begins with it, a copy:
-    x is a leaf of the graph, or somebody else's, and still needed. The first call tells whether it writes.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.writes: bool | None = None
-        self.before = 0  # how often what was given had been written into
-        module.register_forward_pre_hook(self._enter)
-        module.register_forward_hook(self._leave)
-
-    def _enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.writes is False:
-            return None
-        given = inputs[0].clone()
-        self.before = given._version
-        return (given, *inputs[1:])
-
-    def _leave(self, module: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> None:
-        if self.writes is None:
-            self.writes = inputs[0]._version != self.before
+def _copied(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].clone(), *inputs[1:])
 
 
 __all__ = ["Passes"]

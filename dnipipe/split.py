@@ -59,6 +59,7 @@ class Plan:
     x_dtype: str
     y: tuple[int, ...]  # shape of the labels
     classes: int | None  # labels are whole numbers in [0, classes)
+    writes: tuple[bool, ...] = ()  # whether each layer writes into its input, as nn.ReLU(inplace=True) does
 
     @property
     def stages(self) -> int:
@@ -77,6 +78,10 @@ class Plan:
     def edge(self, stage: int) -> Edge:
         """What the predictor of this stage must know. Stage K-1 has none."""
         return Edge(self.shapes[self.layers_of(stage)[-1]], self.y, self.shapes[-1], self.classes)
+
+    def copies(self, stage: int) -> bool:
+        """Whether the stage has to be given a copy of its input, which is still needed."""
+        return bool(self.writes) and self.writes[self.layers_of(stage)[0]]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -118,7 +123,8 @@ def plan(
     layers = [name for name, _ in places(model)]
     if stages > len(layers):
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
-    costs = _Costs(*_measure(model, x, device, prepare), y, classes, functools.cache(work))
+    forwards, backwards, outputs, writes = _measure(model, x, device, prepare)
+    costs = _Costs(forwards, backwards, outputs, y, classes, functools.cache(work))
     trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in model]
     cost: Cost = costs.of if by_time else lambda layers, last: float(sum(parameters[layer] for layer in layers))
@@ -133,6 +139,7 @@ def plan(
         x_dtype=_name(x),
         y=tuple(y.shape),
         classes=costs.classes,
+        writes=tuple(writes),
     )
     _check(model, made, trainable)
     return replace(made, seconds=tuple(costs.of(made.layers_of(k), k == stages - 1) for k in range(stages)))
@@ -231,9 +238,10 @@ class _Costs:
 
 def _measure(
     model: nn.Sequential, x: Tensor, device: str, prepare: Callable[[nn.Module], nn.Module]
-) -> tuple[list[float], list[float], list[Tensor]]:
-    """Seconds of each layer's forward and of its backward on one batch, the least disturbed of some; its output."""
-    forwards, backwards, outputs = [], [], []
+) -> tuple[list[float], list[float], list[Tensor], list[bool]]:
+    """Of each layer on one batch: seconds of its forward and of its backward, the least disturbed of some; its output;
+    whether it writes into its input."""
+    forwards, backwards, outputs, writes = [], [], [], []
     with torch.random.fork_rng():
         h = x.to(device)
         for name, layer in places(model):
@@ -248,14 +256,16 @@ def _measure(
             backwards.append(min(run[1] for run in runs))
             h = runs[-1][2]
             outputs.append(h)
-    return forwards, backwards, outputs
+            writes.append(runs[-1][3])
+    return forwards, backwards, outputs, writes
 
 
-def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, float, Tensor]:
+def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, float, Tensor, bool]:
     x = x.detach()
     if x.is_floating_point():
         x.requires_grad_()
-    given = x.clone()  # a layer may write into its input
+    given = x.clone()  # a layer may write into its input, which its version counts
+    before = given._version
     started = lap(x)
     h = layer(given)
     if not isinstance(h, Tensor):
@@ -263,7 +273,7 @@ def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, float, Tensor]:
     turned = lap(x)
     if h.requires_grad:
         h.backward(torch.ones_like(h))  # type: ignore[no-untyped-call]
-    return turned - started, lap(x) - turned, h.detach()
+    return turned - started, lap(x) - turned, h.detach(), given._version != before
 
 
 def lap(like: Tensor) -> float:

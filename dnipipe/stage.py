@@ -63,6 +63,7 @@ class Stage:
         seed: with the batch id and `first_layer`, decides every random number drawn in the forward.
         beside: how what comes is brought to the device that the module is on.
         graphs: how many may be kept, where the rule has weights stashed; none if it is left out.
+        copies: whether the layers are given a copy of their input (passes.py).
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class Stage:
         first_layer: int = 0,
         beside: Beside = NOWHERE,
         graphs: Graphs | None = None,
+        copies: bool = False,
     ) -> None:
         self.index, self.stages = index, stages
         self.module, self.rule, self.descent, self.metrics = module, rule, descent, metrics
         self.loss, self.skips_nan, self.beside = loss, skips_nan, beside
-        self.passes = Passes(module, seed, first_layer, graphs or Graphs())
+        self.passes = Passes(module, seed, first_layer, graphs or Graphs(), copies)
         self.pending: dict[int, Pending] = {}
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update

@@ -56,7 +56,7 @@ def test_balance_gives_each_stage_something_to_train() -> None:
 
 def test_stages_before_the_last_count_what_their_rule_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)])  # each 1 s forward, 2 s back
-    monkeypatch.setattr("dnipipe.split._measure", lambda *_: ([1.0] * 8, [2.0] * 8, [X] * 8))
+    monkeypatch.setattr("dnipipe.split._measure", lambda *_: ([1.0] * 8, [2.0] * 8, [X] * 8, [False] * 8))
 
     def planned(work: Work) -> Plan:
         return plan(net, 2, (), X, Y, 8, work=lambda edge: work)
@@ -147,7 +147,18 @@ def test_a_cut_by_parameters_does_not_depend_on_time(monkeypatch: pytest.MonkeyP
     model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 2))
     x, y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
     for slow, by_time in enumerate((1, 2, 2, 3)):
-        measured = [1.0 + 99.0 * (layer == slow) for layer in range(4)], [0.0] * 4, [torch.zeros(2, 2)] * 4
+        times = [1.0 + 99.0 * (layer == slow) for layer in range(4)]
+        measured = times, [0.0] * 4, [torch.zeros(2, 2)] * 4, [False] * 4
         monkeypatch.setattr("dnipipe.split._measure", lambda *_, measured=measured: measured)
         assert plan(model, 2, (), x, y, 2).boundaries == (by_time,)
         assert plan(model, 2, (), x, y, 2, by_time=False).boundaries == (2,)  # 320 + 4,160 and 520 + 18
+
+
+def test_a_layer_that_writes_into_its_input_is_known_and_a_stage_that_begins_with_it() -> None:
+    x, y = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    act = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
+    made = plan(
+        nn.Sequential(nn.Linear(8, 8), act, nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))), 2, (1,), x, y, 8
+    )
+    assert made.writes == (False, True, False) and [made.copies(k) for k in (0, 1)] == [False, True]
+    assert Plan.from_json(made.to_json()) == made
