@@ -231,3 +231,16 @@ def test_a_stream_needs_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as end:
         a_run(train={"batches": 5}, output={"dir": str(tmp_path)}).fit(iter(BATCHES))  # type: ignore[arg-type]
     assert end.value.code and "begins no second time" in capsys.readouterr().err
+
+
+def test_the_processes_of_a_later_fit_hear_what_verify_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may choose its rule by that, and all of its copies must choose the same."""
+    monkeypatch.setattr("dnipipe.run._fits", 0)
+    monkeypatch.setattr("dnipipe.run._folders", told := [])
+    monkeypatch.setattr("dnipipe.run.launch", lambda *arguments, **options: 0)
+    for equal in (True, False):
+        monkeypatch.setattr("dnipipe.verify.read", lambda run, equal=equal: (equal, []))
+        assert a_run(transport={}).verify(BATCHES) is equal
+    monkeypatch.setenv(LAUNCHED, json.dumps([*told, "a later fit's"]))
+    monkeypatch.setattr("dnipipe.run._fits", 0)
+    assert [a_run(transport={}).verify(BATCHES) for _ in range(2)] == [True, False]
