@@ -18,8 +18,8 @@ h.backward(g) with a known g is the whole trick: autograd's vector-Jacobian prod
 is the gradient for the stage before (docs/known-gradient.md).
 
 A graph older than an optimizer step cannot be used: autograd raises, for the weights it saved were changed in place. So
-what waits keeps its data and runs the forward again, with the same dropout mask and without counting BatchNorm's
-statistics twice; or, where a rule has a copy of the weights kept for it (stash.py), its graph on that copy. Randomness
+what waits keeps its data and runs the forward again (passes.py), with the same dropout mask and without counting
+BatchNorm's statistics twice; or, where a rule has a copy of the weights kept for it (stash.py), its graph on that copy. Randomness
 is a function of (seed, layer, batch id) alone, so a resumed run draws what it would have drawn.
 """
 
@@ -140,9 +140,8 @@ class Stage:
         with self.metrics.clock.span("optimizer"):
             self.descent.lean(self.late if rule.late else 0)
             stash = None if rule.stash is None or self.last else Stash(self.module)
-        held = (
-            stash if stash and (room := self.passes.graphs.room(x)) else None
-        )  # the weights under a graph that may wait
+        room = self.passes.graphs.room(x) if stash else 0
+        held = stash if room else None  # the weights under a graph that may wait
         buffers = Buffers(self.module) if self.skips_nan else None
         with self.metrics.clock.span("forward"):
             h = self.passes.forward(batch, x, stash, held)  # 1
@@ -181,7 +180,7 @@ class Stage:
             updates=updates,
             stash=None if done else stash,
             graph=h if held and not done else None,
-            taken=room if held and not done else 0,
+            taken=0 if done else room,
         )
         if not self.last:
             self.pending[batch] = pending  # 5
