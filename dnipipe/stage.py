@@ -19,8 +19,8 @@ is the gradient for the stage before (docs/known-gradient.md).
 
 A graph older than an optimizer step cannot be used: autograd raises, for the weights it saved were changed in place. So
 what waits keeps its data and runs the forward again (passes.py), with the same dropout mask and without counting
-BatchNorm's statistics twice; or, where a rule has a copy of the weights kept for it (stash.py), its graph on that copy. Randomness
-is a function of (seed, layer, batch id) alone, so a resumed run draws what it would have drawn.
+BatchNorm's statistics twice; or, where a rule has a copy of the weights kept for it (stash.py), its graph on that copy.
+Randomness is a function of (seed, layer, batch id) alone, so a resumed run draws what it would have drawn.
 """
 
 from __future__ import annotations
