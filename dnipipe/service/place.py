@@ -136,7 +136,11 @@ def endpoint(address: str) -> str:
 
 
 def own_endpoint(address: str, chosen: str) -> str:
-    """The same, to listen on: the one address that this machine has under that name, or the chosen one."""
+    """The same, to listen on: the one address that this machine has under that name, or the chosen one.
+
+    Raises ConfigError if there is none, RunError if nobody answers who would know, as while a machine starts: then its
+    supervisor tries again.
+    """
     if address.startswith("/"):
         return f"ipc://{address}"
     host, _, port = address.rpartition(":")
@@ -145,9 +149,10 @@ def own_endpoint(address: str, chosen: str) -> str:
     try:
         found = socket.getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)[0][4][0]
     except socket.gaierror as error:
-        raise ConfigError(
-            f"service.addresses: {host} has no address here ({error.strerror}): set transport.address to the one to "
-            "listen on"
+        later = error.errno == socket.EAI_AGAIN
+        raise (RunError if later else ConfigError)(
+            f"service.addresses: {host} has no address here{' yet' * later} ({error.strerror}): set transport.address "
+            "to the one to listen on"
         ) from None
     return f"tcp://{found}:{port}"
 

@@ -126,8 +126,25 @@ def test_addresses_become_endpoints(tmp_path: Path) -> None:
     assert own_endpoint("127.0.0.1:7000", "") == "tcp://127.0.0.1:7000"
     assert own_endpoint("somewhere:7000", "10.0.0.1") == "tcp://10.0.0.1:7000"
     assert own_endpoint(f"{tmp_path}/edge", "") == f"ipc://{tmp_path}/edge"
-    with pytest.raises(ConfigError, match=r"nowhere.invalid has no address here .* set transport.address"):
-        own_endpoint("nowhere.invalid:7000", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [(socket.EAI_NONAME, ConfigError, "here"), (socket.EAI_AGAIN, RunError, "here yet")],
+    ids=["unknown", "nobody to ask"],
+)
+def test_a_name_that_cannot_be_asked_for_yet_is_no_mistake_of_the_settings(
+    monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], said: str
+) -> None:
+    """A machine that starts may have no name service yet: so the supervisor tries again."""
+
+    def asked(*_: object, **__: object) -> None:
+        raise socket.gaierror(number, "as the resolver says")
+
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    with pytest.raises(kind, match=rf"stage-2 has no address {said} \(.* set transport.address") as caught:
+        own_endpoint("stage-2:7000", "")
+    assert type(caught.value) is kind
 
 
 def test_an_address_that_is_taken_is_no_mistake_of_the_settings() -> None:
