@@ -254,7 +254,7 @@ def check_model(model: nn.Module, plan: Plan, index: int) -> None:
 
 
 def window_of(settings: Config, plan: Plan, index: int) -> Window:
-    """The setting; automatic: up to as many waiting batches as the memory limit holds."""
+    """The setting; automatic: up to as many waiting batches as the memory limit holds, of the first one's shape."""
     if settings.pipeline.window == "auto" and index == plan.stages - 1:
         return Window(1)
     if settings.pipeline.window != "auto":
@@ -267,7 +267,7 @@ def window_of(settings: Config, plan: Plan, index: int) -> Window:
     if settings.rule.stash:
         budget //= 2  # the other half is for graphs
         kept += sum(plan.parameters[layer] for layer in plan.layers_of(index))
-    return Window(None, limit=min(256, budget // max(1, 4 * kept)))
+    return Window(None, limit=min(256, budget // max(1, 4 * kept)), memory=budget)
 
 
 def wired(settings: Config, plan: Plan, measured: StageMetrics, transport: Transport) -> Transport:

@@ -27,6 +27,13 @@ class Pending:
     graph: Tensor | None  # h again, with its graph on those weights and x; None: the forward will be run again
     taken: int  # bytes, by the graph
 
+    @property
+    def kept(self) -> int:
+        """Bytes that wait with it, besides the graph's."""
+        weights = self.stash.weights.values() if self.stash else ()
+        own = [tensor for tensor in (self.x, self.h, self.y, self.predicted, self.back) if tensor is not None]
+        return sum(tensor.nbytes for tensor in (*own, *weights))
+
 
 @dataclass(frozen=True, eq=False)
 class Target:

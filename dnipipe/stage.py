@@ -43,6 +43,7 @@ from dnipipe.passes import Passes
 from dnipipe.pending import Pending, Target
 from dnipipe.predictors import Loss
 from dnipipe.stash import Graphs, Stash
+from dnipipe.window import Window
 
 POISONED = "activation not finite"  # why a batch is skipped, and the next stage never sees it
 OVERFLOWN = "output not finite"  # the same
@@ -88,6 +89,7 @@ class Stage:
         self.loss, self.skips_nan, self.beside = loss, skips_nan, beside
         self.passes = Passes(module, seed, first_layer, graphs or Graphs(), copies)
         self.pending: dict[int, Pending] = {}
+        self.waiting = self.largest = 0  # bytes of what is pending, and of the largest batch that ever was
         self.evaluating: set[int] = set()
         self.save_after: set[int] = set()  # checkpoints that wait for an update
         self._rule_now = metrics.clock.span("loss" if self.last else "predictor")
@@ -104,10 +106,13 @@ class Stage:
         """Batches sent on that the next stage has not answered: what the window limits."""
         return len(self.pending) + len(self.evaluating)
 
-    def room(self, window: int) -> bool:
-        """Whether the next batch may come: the window has room, and the rule that it belongs to allows it."""
+    def room(self, window: Window) -> bool:
+        """Whether the next batch may come: the window has room, also for one as large as any before, and its rule
+        allows it."""
         most = self.rule.at(self.last_batch + 1).in_flight
-        return self.in_flight < (window if most is None else min(window, most))
+        if self.in_flight >= (window.size if most is None else min(window.size, most)):
+            return False
+        return self.in_flight < Window.START or self.waiting + self.largest <= window.memory
 
     def handle(self, message: Message) -> Iterator[Message]:
         """What this stage sends because of `message`. Raises MessageError for a message that does not belong here."""
@@ -185,6 +190,8 @@ class Stage:
         if not self.last:
             self.pending[batch] = pending  # 5
             self.passes.graphs.taken += pending.taken
+            self.waiting += pending.kept
+            self.largest = max(self.largest, pending.kept)
         self.metrics.trained(batch, y.shape[0], pending.updated)
 
     def on_gradient(self, message: Gradient) -> Iterator[Message]:
@@ -194,6 +201,7 @@ class Stage:
         if pending is None or of is None or (g is not None and g.shape != of.h.shape):
             raise MessageError(f"stage {self.index} did not ask for this gradient of batch {batch}")
         self.passes.graphs.taken -= pending.taken
+        self.waiting -= pending.kept
         why = "the link was full" if message.full else "no gradient came"
         if message.g is not None and not self._usable(message.g, batch, "gradient"):
             g, why = None, SPOILT

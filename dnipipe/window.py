@@ -18,15 +18,17 @@ class Window:
     Args:
         size: batches; None starts at 2 and grows.
         limit: batches up to which an automatic window may grow (the memory limit over a batch's bytes).
+        memory: bytes that what waits may take, whatever its shape, once START batches do.
     """
 
     START = 2
     SPARE = 1.25
     AT_FIRST, LATER = 2, 4  # times its size, that it grows to at most
 
-    def __init__(self, size: int | None, limit: int = 256) -> None:
+    def __init__(self, size: int | None, limit: int = 256, memory: float = math.inf) -> None:
         self.automatic = size is None
         self.limit = max(self.START, limit)
+        self.memory = memory
         self.size = self.START if size is None else size
         self._settling = 0
         self._grown: tuple[float, float] | None = None  # `now` and `waited` when it last did

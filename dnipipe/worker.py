@@ -193,7 +193,7 @@ class Worker:
 
     def _room(self) -> bool:
         """Whether another batch may come."""
-        return self.stage.room(self.window.size)
+        return self.stage.room(self.window)
 
     def _awaited(self, room: bool) -> str:
         """What a wait that begins now is for, as the clock calls it."""

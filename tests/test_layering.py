@@ -44,7 +44,8 @@ MAY = {
     "stash": "",
     "passes": "randomness stash",
     "pending": "stash",
-    "stage": "beside messages errors finite gradient_rules last_stage predictors metrics optim passes pending stash",
+    "stage": "beside messages errors finite gradient_rules last_stage predictors metrics optim passes pending stash "
+    "window",
     "split": "errors predictors",
     "costs": "gradient_rules split",
     "models": "config errors",

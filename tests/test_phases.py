@@ -23,6 +23,7 @@ from dnipipe.learner import Learner
 from dnipipe.messages import Activation
 from dnipipe.phases import Phases
 from dnipipe.predictors import VFBN
+from dnipipe.window import Window
 from tests.conftest import Line, blobs, make_stages
 from tests.test_laboratory import train
 from tests.test_processes import same
@@ -107,7 +108,7 @@ def test_one_batch_at_a_time_while_the_rule_waits() -> None:
     stage, drawn = stages[0], list(blobs(9))
     came, answers = [], []
     for batch, (x, y) in enumerate(drawn, start=1):
-        while not stage.room(window=4):
+        while not stage.room(Window(4)):
             came.append(answers[0].batch)
             list(stage.handle(answers.pop(0)))
         down = [m for m in stage.handle(Activation(batch, x, y)) if isinstance(m, Activation)]

@@ -1,15 +1,22 @@
 """The automatic window grows for the link's delay, and for nothing else."""
 
 from collections import deque
+from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from dnipipe import split
 from dnipipe.building import window_of
 from dnipipe.config import build
+from dnipipe.gradient_rules import Blend, Delayed
+from dnipipe.learner import Learner
+from dnipipe.messages import Activation, Message
+from dnipipe.predictors import VFBN
 from dnipipe.window import Window
+from tests.conftest import make_stages
 
 
 def test_a_fixed_window_stays() -> None:
@@ -79,3 +86,32 @@ def test_the_limit_is_what_memory_holds_of_batches_and_of_the_weights_that_wait_
         config = build({"pipeline": {"memory": 1, "stages": 2}, "rule": {"name": "delayed", "stash": stash}})
         limits.append(window_of(config, planned, 0).limit)
     assert limits == [2**20 // (4 * 64 * 32 * 4), 2**19 // ((4 * 64 * 32 + 33 * 32) * 4)] == [32, 14]
+
+
+def test_batches_that_are_larger_than_the_first_leave_room_for_fewer() -> None:
+    """A sample that waits in stage 0 takes 64 bytes, x (8), h (6) and its label; under way are 100 samples at most.
+
+    Not fewer than two batches, however large, and with a large one seen, one more such has to fit.
+    """
+    stages = make_stages([nn.Linear(8, 6), nn.Linear(6, 3)], lambda k: Delayed(), partial(torch.optim.SGD, lr=0.1))
+    window, batch, under_way = Window(50, memory=100 * 64), 0, []
+    for samples in (10, 40, 70, 10):
+        sent: list[Message] = []
+        while stages[0].room(window):
+            batch += 1
+            sent += stages[0].handle(Activation(batch, torch.randn(samples, 8), torch.randint(3, (samples,))))
+        under_way.append(stages[0].in_flight)
+        assert stages[0].waiting == samples * 64 * under_way[-1]
+        for answer in [answer for message in sent for answer in stages[1].handle(message)]:
+            list(stages[0].handle(answer))
+        assert stages[0].waiting == stages[0].in_flight == 0
+    assert under_way == [10, 2, 2, 4]
+
+
+def test_what_waits_is_counted_with_the_weights_that_wait_with_it() -> None:
+    """A stash of Linear(8, 6) is 54 floats; the guess of `blend` and what it sends back are counted too."""
+    learner = Learner(VFBN(nn.Linear(6, 3), F.cross_entropy, 0.0), 1e-2)
+    modules: list[nn.Module] = [nn.Linear(8, 6), nn.Linear(6, 3)]
+    stages = make_stages(modules, lambda k: Blend(learner, 0.5, stash=True), partial(torch.optim.SGD, lr=0.1))
+    list(stages[0].handle(Activation(1, torch.randn(10, 8), torch.randint(3, (10,)))))
+    assert stages[0].waiting == 10 * (8 + 6 + 6) * 4 + 10 * 8 + 54 * 4
