@@ -3,7 +3,7 @@
 #
 # Trains twice, in a compose project of its own: undisturbed, then with eight faults, each stage hit twice.
 # BATCHES  of each run [2000]; a fault comes every tenth of them, when the one before is over
-# LONG     seconds that a pause, a cut or a slow time lasts [5]
+# LONG     seconds that a pause, a cut or a slow time lasts [8]
 # The run files stay in the volume dnipipe-chaos_runs; docker/README.md says how to draw them.
 set -euo pipefail
 cd "$(dirname "$0")"
