@@ -60,6 +60,7 @@ class Keeper(Worker):
         total: the last batch id of the run.
         unguided: batches that it trains while the next stage is away. patience: seconds that it waits for a neighbour.
         silence: seconds, at least, after which a connected neighbour that says nothing is taken for hung.
+        hung: seconds after which a process whose loop stands ends itself: no neighbour is silent for longer and well.
         save_own: writes the stage's own state. save_every: seconds between two.
         over: called when the run has ended for every stage; stage 0 writes the summary.
         alive: told that the loop goes round. say: takes a line for a person.
@@ -77,6 +78,7 @@ class Keeper(Worker):
         unguided: int,
         patience: float,
         silence: float,
+        hung: float,
         save_own: Callable[[], object],
         over: Callable[[], None],
         save_every: float,
@@ -87,7 +89,8 @@ class Keeper(Worker):
     ) -> None:
         super().__init__(*arguments, **{**options, "timeout": patience})
         self.links, self.ledger, self.agreement = links, ledger, agreement
-        self.total, self.unguided, self.patience, self.silence = total, unguided, patience, silence
+        self.total, self.unguided, self.patience = total, unguided, patience
+        self.silence, self.hung = silence, hung
         self.save_own, self.over, self.save_every, self.alive, self.say = save_own, over, save_every, alive, say
         self.first = first
         self.absence = Absence(self.index, patience)
@@ -297,7 +300,7 @@ class Keeper(Worker):
         """Whether the next stage hangs."""
         if self.stage.last or not self.links.up(Side.NEXT):
             return
-        limit = max(self.silence, HUNG * self.links.longest(Side.NEXT))
+        limit = max(self.silence, min(HUNG * self.links.longest(Side.NEXT), self.hung + TURN))
         if self.links.quiet(Side.NEXT) > limit:
             self.links.give_up(Side.NEXT, f"stage {self.index + 1} has said nothing for {limit:.0f} s: it hangs")
 

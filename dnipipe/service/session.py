@@ -131,6 +131,7 @@ def _keeping(
         "unguided": service.unguided_batches if settings.rule.name in GUIDES else 0,
         "patience": service.patience,
         "silence": service.silence,
+        "hung": service.hung,
         "save_own": partial(_save, stage, agreed, place),
         "save_every": service.save_every,
         "alive": watch.alive,

@@ -73,13 +73,13 @@ class FakeLinks(Watched):
     def last_of(self, side: Side) -> int:
         return 0
 
-    silent = 0.0  # seconds
+    silent = slow = 0.0  # seconds
 
     def quiet(self, side: Side) -> float:
         return self.silent
 
     def longest(self, side: Side) -> float:
-        return 0.0
+        return self.slow
 
     def give_up(self, side: Side, why: str) -> None:
         self.given_up.append(why)
@@ -131,6 +131,7 @@ class Stand:
             unguided=unguided,
             patience=30.0,
             silence=10.0,
+            hung=60.0,
             save_own=nothing,
             over=lambda: self.links.log.append("over"),
             save_every=NEVER,
@@ -296,6 +297,21 @@ def test_silence_is_judged_when_all_that_had_come_is_heard(stand: Callable[[int]
     assert one.links.up(Side.NEXT) and one.trained() == [1]
     one.turn(1)
     assert not one.links.up(Side.NEXT)
+
+
+@pytest.mark.parametrize(("slow", "most"), [(0.0, 10.0), (2.0, 10.0), (5.0, 20.0), (20.0, 61.0)])
+def test_who_was_slow_may_be_so_again_but_not_for_longer_than_a_process_lives(
+    stand: Callable[[int], Stand], slow: float, most: float
+) -> None:
+    """A cut of 20 s is no reason to wait 80 s in the next one: a loop that stands for 60 s (hung) ends itself."""
+    one = stand(100)
+    one.links.slow = slow
+    one.links.silent = most - 0.1
+    one.turn(1)
+    assert one.links.up(Side.NEXT)
+    one.links.silent = most + 0.1
+    one.turn(1)
+    assert one.links.given_up == [f"stage 2 has said nothing for {most:.0f} s: it hangs"]
 
 
 def test_that_this_stage_stood_still_itself_is_not_the_other_ones_silence(stand: Callable[[int], Stand]) -> None:
