@@ -151,7 +151,7 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
     config = load(resumed / "config.toml" if resumed and path is None else path, overrides)
     run = str(resumed) if resumed else config.output.run
     if path and run and not resumed:
-        check_apart(path, Path(run))
+        check_apart(path, Path(run), f", or continue what is there with --resume {run}")
     return replace(config, output={"run": run, "quiet": config.output.quiet or options.quiet}), _name(path)
 
 
@@ -170,6 +170,8 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
         why = place.unhealthy(run, options.index, config.service.hung)
         print(why or f"stage {options.index} makes progress")
         return 1 if why else 0
+    if options.index == 0 and not (run / "stage-0" / place.START).exists():
+        check_apart(path, run)
     if not options.no_restart:
         command = ["-m", "dnipipe", "stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
         return supervisor.supervise(command + ["--debug"] * options.debug, options.index, config.service.restarts)

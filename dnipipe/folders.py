@@ -141,13 +141,16 @@ def check_unused(folder: Path) -> None:
         )
 
 
-def check_apart(path: Path, folder: Path) -> None:
-    """Raises ConfigError if the settings were read from what a new run in the folder would write over."""
+def check_apart(path: Path, folder: Path, or_else: str = "") -> None:
+    """Raises ConfigError if the settings were read from what a new run in the folder would write over.
+
+    or_else: what may be done instead of naming another folder.
+    """
     own = folder / SETTINGS
     if own.exists() and own.samefile(path):
         raise ConfigError(
-            f"output.run = {folder} would write over {path}, from which the settings were read: name another folder, "
-            f"or continue what is there with --resume {folder}"
+            f"output.run = {folder} would write over {path}, from which the settings were read: name another folder"
+            f"{or_else}"
         )
 
 

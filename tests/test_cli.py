@@ -10,6 +10,8 @@ import torch
 
 from dnipipe import cli
 from dnipipe.config import Config, describe, load
+from dnipipe.service import supervisor
+from dnipipe.service.place import Place
 from dnipipe.started import LAUNCHED
 from tests.test_processes import words
 
@@ -193,6 +195,24 @@ def test_a_refused_run_leaves_a_hand_written_file_as_it_was(
     assert len(started.commands) == 1  # refused before anything is started
     assert "output.run = exp/../exp would write over exp/config.toml" in capsys.readouterr().err
     assert [path.read_text()[:9] for path in Path("exp").iterdir()] == ["# by hand"] * 2
+
+
+def test_so_does_a_stage_of_its_own_unless_the_file_is_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others of the run may be given that very file: only stage 0 writes."""
+    monkeypatch.chdir(tmp_path)
+    supervised: list[int] = []
+    monkeypatch.setattr(supervisor, "supervise", lambda _, stage, restarts: supervised.append(stage) or 0)
+    run = tmp_path / "exp"
+    run.mkdir()
+    (run / "config.toml").write_text('# by hand\n[pipeline]\nstages = 2\n[service]\naddresses = ["127.0.0.1:7000"]\n')
+    words = ["stage", "exp/config.toml", "--output.run", "exp", "--index"]
+    assert [cli.main([*words, "1"]), cli.main([*words, "0"])] == [0, 2]
+    said = "output.run = exp would write over exp/config.toml, from which the settings were read: name another folder\n"
+    assert said in capsys.readouterr().err
+    Place.taken(run, 0)
+    assert cli.main([*words, "0"]) == 0 and supervised == [1, 0]
 
 
 def test_a_run_that_was_resumed_in_vain_can_be_resumed_as_before(started: Launched) -> None:
