@@ -1,6 +1,6 @@
 """python -m benchmarks.paper fcn | cnn | updates | unlocked | deep | all: one table of the paper, or all of them.
 
-length, length-6, not among them: how far the short protocol's figures come with more iterations.
+length, length-6 and length-21, not among them: how far the short protocol's figures come with more iterations.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ TITLES = {
     "deep": "21 layers, fully connected: test error, %",
     "length": "Longer, 3 layers, fully connected: test error, %",
     "length-6": "Longer, 6 layers, fully connected: test error, %",
+    "length-21": "Longer, 21 layers, fully connected: test error, %",
 }
 ALL = (*TABLES, *LONGER)
 

@@ -59,8 +59,8 @@ def test_tables_share_a_run_that_both_have() -> None:
 def test_a_longer_run_has_its_drops_later_and_the_first_is_the_papers_table() -> None:
     study = PaperStudy()
     runs = [study.seeds("length", "cDNI", row)[0] for row in study.rows("length")]
-    assert [run.loaded.train.batches for run in runs] == [800, 2400, 8000]
-    assert [run.loaded.optimizer.drops for run in runs] == [(480, 640), (1440, 1920), (4800, 6400)]
+    assert [run.loaded.train.batches for run in runs] == [800, 2400, 8000, 24_000]
+    assert [run.loaded.optimizer.drops for run in runs] == [(480, 640), (1440, 1920), (4800, 6400), (14_400, 19_200)]
     assert runs[0].key == cell_of(study, "fcn", "cDNI", 3).key
 
 
