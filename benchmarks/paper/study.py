@@ -18,7 +18,7 @@ LAYERS: dict[str, tuple[int, ...]] = {
 }
 SEEDS = {"fcn": (0, 1)}  # elsewhere 0 alone
 P_UPDATE = {"updates": ("1", "0.5", "0.2", "0.1", "0.05"), "unlocked": ("1", "0.5", "0.2")}
-TIMES = {"length": (1, 3, 10, 30), "length-6": (1, 3, 10), "length-21": (1, 3, 10)}
+TIMES = {"length": (1, 3, 10, 30), "length-6": (1, 3, 10), "length-21": (1, 3, 10, 30)}
 OURS = "vfbn"  # what the paper does not have
 METHODS = {
     "fcn": ("no backprop", "backprop", "DNI", "cDNI", OURS),
