@@ -38,9 +38,9 @@ def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
 def test_a_rule_begins_with_its_own_settings_and_any_source_goes_over_them(words: list[str]) -> None:
     begun = load(None, words)
     assert (begun.rule.bp_lambda, begun.rule.correction, begun.rule.stash) == (1.0, 0.5, True)
-    assert (begun.rule.lookahead, begun.predictor.matching) == (10, 0.0)
+    assert (begun.rule.lookahead, begun.predictor.matching) == (1, 0.0)
     own = load(None, [*words, "--rule.bp_lambda", "0", "--predictor.matching", "0.2"])
-    assert (own.rule.bp_lambda, own.predictor.matching, own.rule.lookahead) == (0.0, 0.2, 10)
+    assert (own.rule.bp_lambda, own.predictor.matching, own.rule.lookahead) == (0.0, 0.2, 1)
     plain = build({"rule": {"name": "local"}})
     assert plain.rule.lookahead == 0 and plain.predictor.matching == 0.1 and load(None).rule.stash
 
@@ -52,7 +52,7 @@ def test_a_run_that_changes_its_rule_leaves_behind_what_the_old_one_began_with(t
     assert (local.rule.stash, local.rule.lookahead, local.rule.bp_lambda) == (False, 0, 0.0)
     assert local.rule.correction == 0.7 and local.predictor.matching == 0.1
     again = load(write_config(tmp_path, local), ["--rule.name", "blend"])
-    assert (again.rule.stash, again.rule.lookahead, again.predictor.matching) == (True, 10, 0.0)
+    assert (again.rule.stash, again.rule.lookahead, again.predictor.matching) == (True, 1, 0.0)
     assert load(run, ["--train.seed", "1"]).rule.correction == 0.7
 
 

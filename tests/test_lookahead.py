@@ -93,6 +93,34 @@ def test_late_gradients_and_momentum_swing_up_where_ahead_of_the_weights_they_do
     assert last_of(late=8, lookahead=8, curvature=0.2) < 0.1
 
 
+def last_of_blend(late: int, lookahead: int, known: float, curvature: float) -> float:
+    """The same where a part of each gradient is `known` at once, and half of the rest joins when it is so late."""
+    theta = nn.Parameter(torch.ones(()))
+    descent = Descent(torch.optim.SGD([theta], lr=0.1, momentum=0.9), lookahead=lookahead)
+    waiting: deque[Tensor] = deque()
+    for batch in range(1, 121):
+        descent.lean(late)
+        gradient = curvature * theta.detach().clone()
+        descent.stand()
+        waiting.append((1 - known) * gradient)
+        theta.grad = known * gradient
+        if len(waiting) > late:
+            descent.join([theta], [waiting.popleft()], 0.5, late, batch)
+        descent.step(batch)
+        if abs(theta.item()) > 1e6:  # and on to infinity
+            break
+    return abs(theta.item())
+
+
+def test_what_is_known_at_once_bears_to_be_seen_one_update_ahead_not_ten() -> None:
+    """So `blend` begins with a lookahead of 1: at one curvature 0 fails where gradients are soon, 10 where late."""
+    soon = partial(last_of_blend, 1, known=0.5, curvature=10.0)
+    late = partial(last_of_blend, 43, known=0.8, curvature=10.0)
+    assert soon(0) > 5 and late(0) < 0.1
+    assert soon(1) < 0.1 and late(1) < 0.1
+    assert late(10) > 5
+
+
 @pytest.mark.parametrize("rule", [lambda k: Blend(Learner(Fixed(0.01), 1e-3), 1.0, bp_lambda=1.0), lambda k: Delayed()])
 def test_a_stage_sends_what_its_expected_weights_make_and_keeps_its_own(rule: GradientRule) -> None:
     seen: list[tuple[Tensor, Tensor]] = []

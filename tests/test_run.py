@@ -52,7 +52,7 @@ def test_a_rule_has_settings_of_its_own(rule: Mapping[str, Any], tmp_path: Path)
     """On top of what blend begins with."""
     a_run(rule=rule, output={"run": str(tmp_path / "run")}).fit(BATCHES)
     found = settings_of(tmp_path / "run")
-    assert found["rule.name"] == "blend" and found["rule.stash"] is False and found["rule.lookahead"] == 10
+    assert found["rule.name"] == "blend" and found["rule.stash"] is False and found["rule.lookahead"] == 1
     assert found["rule.correction"] == rule.get("correction", 0.5)
 
 

@@ -40,7 +40,8 @@ BARE = (
     *("--rule.bp_lambda", "0", "--rule.correction", "1", "--rule.lookahead", "0", "--rule.stash", "false"),
     *("--predictor.matching", "0.1"),
 )
-AHEAD = ("--rule.lookahead", "10", "--rule.stash", "true")
+FAR = ("--rule.lookahead", "10")
+AHEAD = (*FAR, "--rule.stash", "true")
 RULES = {
     "sync": Rule((), late=False),  # one stage, one process: plain autograd
     "sync-nadam": Rule(("--optimizer.name", "nadam"), late=False, tuned_as="sync"),  # lookahead helps backprop too
@@ -62,6 +63,7 @@ VARIANTS = {  # blend with one of the settings that it begins with as the other 
     "blend-lambda-0": Rule((*BLEND, "--rule.bp_lambda", "0"), tuned_as="sync"),
     "blend-whole": Rule((*BLEND, "--rule.correction", "1"), tuned_as="sync"),
     "blend-no-lookahead": Rule((*BLEND, "--rule.lookahead", "0"), tuned_as="sync"),
+    "blend-lookahead-10": Rule((*BLEND, *FAR), tuned_as="sync"),
     "blend-no-stash": Rule((*BLEND, "--rule.stash", "false"), tuned_as="sync"),
     "blend-matching": Rule((*BLEND, "--predictor.matching", "0.1"), tuned_as="sync"),
 }
@@ -221,6 +223,8 @@ def _words(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[st
     if TASKS[task].images and rule in IMAGES:
         kind, hidden = IMAGES[rule]
         words = (*SYNTHETIC, "--predictor.name", kind, "--predictor.hidden", hidden)
+    if rule == "blend" and not delay:  # nothing is more than one update late: the same run as its own lookahead, 1
+        words = (*words, *FAR)
     if rule.startswith("blend"):
         words = (*words, *TASKS[task].head)
     if rule.startswith("sync"):

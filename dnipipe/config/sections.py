@@ -116,7 +116,7 @@ class Rule:
 # rule -> what a run that has it in rule.name or rule.then begins with, in the place of the defaults (docs/learning.md)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "blend": {
-        "rule": {"bp_lambda": 1.0, "correction": 0.5, "lookahead": 10, "stash": True},
+        "rule": {"bp_lambda": 1.0, "correction": 0.5, "lookahead": 1, "stash": True},
         "predictor": {"matching": 0.0},
     }
 }

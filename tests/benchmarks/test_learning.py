@@ -56,6 +56,7 @@ def test_every_rule_has_the_same_budget(tmp_path: Path) -> None:
                 {"rule.bp_lambda": 0.0},
                 {"rule.correction": 1.0},
                 {"rule.lookahead": 0},
+                {"rule.lookahead": 10},
                 {"rule.stash": False},
                 {"predictor.matching": 0.1},
             ],
