@@ -53,6 +53,7 @@ RULES = {
     "delayed-ahead": Rule((*DELAYED, *AHEAD)),
     "blend-0": Rule((*BLEND, *BARE)),  # λ = 0: mended by the next stage's prediction
     "blend": Rule(BLEND, tuned_as="sync"),
+    "blend-10": Rule((*BLEND, *FAR), tuned_as="sync"),  # as it began until 2026-11-28
     "linear": Rule((*SYNTHETIC, "--predictor.name", "linear")),
     "mlp": Rule((*SYNTHETIC, "--predictor.name", "mlp")),
     "vfbn": Rule((*SYNTHETIC, "--predictor.name", "vfbn")),
@@ -63,7 +64,6 @@ VARIANTS = {  # blend with one of the settings that it begins with as the other 
     "blend-lambda-0": Rule((*BLEND, "--rule.bp_lambda", "0"), tuned_as="sync"),
     "blend-whole": Rule((*BLEND, "--rule.correction", "1"), tuned_as="sync"),
     "blend-no-lookahead": Rule((*BLEND, "--rule.lookahead", "0"), tuned_as="sync"),
-    "blend-lookahead-10": Rule((*BLEND, *FAR), tuned_as="sync"),
     "blend-no-stash": Rule((*BLEND, "--rule.stash", "false"), tuned_as="sync"),
     "blend-matching": Rule((*BLEND, "--predictor.matching", "0.1"), tuned_as="sync"),
 }
@@ -148,7 +148,7 @@ class Axes:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-OF_BLEND = Axes(tasks=("mnist-cnn",), rules=("sync", "blend", *VARIANTS), stages=(STAGES,), delays=(2, 8))
+OF_BLEND = Axes(tasks=("mnist-cnn",), rules=("sync", "blend", *VARIANTS, "blend-10"), stages=(STAGES,), delays=(2, 8))
 OF_LESSONS = replace(OF_BLEND, rules=("sync", "synthetic", *LESSONS))
 QUICK = Axes(rules=("sync", "local-1", "delayed", "synthetic"), stages=(4,), delays=(0, 8), seeds=(0,))
 
