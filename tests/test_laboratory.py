@@ -109,6 +109,16 @@ def test_a_gradient_from_the_loss_is_late_by_all_the_way_there_and_back(
         assert line["staleness"] == pytest.approx(most - sum(range(1, way)) / 50)
 
 
+@pytest.mark.parametrize("delay", [0, 1])
+def test_without_a_delay_no_lookahead_goes_beyond_one_update(tmp_path: Path, delay: int) -> None:
+    """So benchmarks/learning takes the runs of either lookahead for both, where no hop has a delay."""
+    ended = [
+        train(tmp_path / str(ahead), rule__name="blend", rule__lookahead=ahead, transport__delay=delay)["eval"]["loss"]
+        for ahead in (1, 10)
+    ]
+    assert (ended[0] == ended[1]) == (delay == 0)
+
+
 @pytest.mark.parametrize(("stages", "delay"), [(1, 0), (2, 5), (4, 0)])
 def test_waiting_is_plain_autograd_whatever_the_delay(tmp_path: Path, stages: int, delay: int) -> None:
     settings = {"rule__name": "wait", "pipeline__stages": stages}
