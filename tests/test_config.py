@@ -270,7 +270,7 @@ def test_the_embedded_default_is_valid() -> None:
         (["--optimizer.schedule", "steps"], "optimizer.drops = [] with optimizer.schedule = steps: name the batches"),
         (
             ["--optimizer.drops", "9"],
-            "optimizer.drops = [9] with optimizer.schedule = constant: use optimizer.schedule",
+            "optimizer.drops = [9] with optimizer.schedule = cosine: use optimizer.schedule",
         ),
         (["--model.width", "90"], "model.width = 90 is not a multiple of model.heads = 4"),
         (["--data.evaluate", "test"], "data.evaluate = test: data.name = stdlib has no test set"),

@@ -39,7 +39,7 @@ def default() -> dict[str, dict[str, Any]]:
     return {
         "model": {"layers": 4, "width": 64},
         "data": {"batch": 16, "context": 32, "validation": 0.02},
-        "optimizer": {"lr": 4e-3},
+        "optimizer": {"lr": 4e-3, "schedule": "cosine"},
         "train": {"batches": 1200},
         "checkpoint": {"every": 600},
     }
