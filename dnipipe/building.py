@@ -40,6 +40,7 @@ from dnipipe.stash import Graphs
 from dnipipe.sync import SyncStage
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.nccl import NcclTransport
+from dnipipe.turns import Turns, Unanswered
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
 from dnipipe.wire import Wire
@@ -107,7 +108,8 @@ def _work(job: Job, y: Tensor, edge: Edge) -> Work:
         try:
             rule = RULES[name].build(settings, lambda: _learner(job, edge, 0))
             h, first = torch.randn(edge.h, device=device), settings.rule.warmup + 1
-            return work_of(rule, h, y, first, graphs=not settings.pipeline.compile)
+            every = mended_every(settings, name)
+            return work_of(rule, h, y, first, graphs=not settings.pipeline.compile, every=every)
         except Exception:  # no such predictor can stand here: whoever cuts here is told so, others need not be
             return Work()
 
@@ -195,17 +197,31 @@ def rule_of(job: Job, plan: Plan, index: int, measured: StageMetrics) -> Gradien
         return _learner(job, plan.edge(index), settings.train.seed + plan.layers_of(index)[-1] + 1)
 
     def rule(start: int, name: str) -> GradientRule:
-        made: GradientRule
+        one: GradientRule
+        others: GradientRule
         if index == plan.stages - 1:
-            stops = settings.train.on_nan == "stop"
-            made = LossGradient(job.loss, RULES[name].teaches, measured.loss, stops, beside_of(settings))
+            one, others = loss_gradient(RULES[name].teaches), loss_gradient(False)
         else:
-            made = RULES[name].build(_from(settings, start), learner)
+            one = RULES[name].build(_from(settings, start), learner)
+            others = Unanswered(one)
+        every = mended_every(settings, name)
+        return drawn(one) if every == 1 else Turns(drawn(one), drawn(others), every)
+
+    def loss_gradient(teaches: bool) -> GradientRule:
+        stops = settings.train.on_nan == "stop"
+        return LossGradient(job.loss, teaches, measured.loss, stops, beside_of(settings))
+
+    def drawn(rule: GradientRule) -> GradientRule:
         p, first_layer = settings.rule.p_update, plan.layers_of(index)[0]
-        return made if p == 1 else Sometimes(made, p, settings.train.seed, first_layer)
+        return rule if p == 1 else Sometimes(rule, p, settings.train.seed, first_layer)
 
     rules = [(start, rule(start, name)) for start, name in phases(settings.rule)]
     return rules[0][1] if len(rules) == 1 else Phases(rules)
+
+
+def mended_every(settings: Config, name: str) -> int:
+    """n: of how many batches this rule mends one, for only that one's gradient is carried."""
+    return settings.wire.gradient_every if RULES[name].again else 1
 
 
 def _from(settings: Config, start: int) -> Config:

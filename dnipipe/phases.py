@@ -28,7 +28,7 @@ class Phases(GradientRule):
         self.learner = next((rule.learner for rule in self.rules if rule.learner), None)
 
     def at(self, batch: int) -> GradientRule:
-        return self.rules[bisect_right(self.starts, batch) - 1]
+        return self.rules[bisect_right(self.starts, batch) - 1].at(batch)
 
     def settle(self) -> None:
         for rule in self.rules:

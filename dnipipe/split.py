@@ -35,13 +35,13 @@ Cost = Callable[[range, bool], float]  # (layers of a stage, whether it is the l
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch is to a stage before the last one: passes through its layers, and its predictor's seconds.
+    """What a batch, on average, is to a stage before the last one: passes through its layers, its predictor's seconds.
 
     The last stage has the loss: one pass forward, one back, and no predictor.
     """
 
-    forwards: int = 1
-    backwards: int = 1
+    forwards: float = 1
+    backwards: float = 1
     seconds: float = 0.0
 
 

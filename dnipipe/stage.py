@@ -206,8 +206,9 @@ class Stage:
         if message.g is not None and not self._usable(message.g, batch, "gradient"):
             g, why = None, SPOILT
         rule = self.rule.at(batch)
-        late = self.late = self.updates - pending.updates
+        late = self.updates - pending.updates
         if g is not None:
+            self.late = late
             self.metrics.received(of.predicted, g, late)
         with self.metrics.clock.span("predictor"):
             use = rule.arrived(batch, of.h, of.y, g, of.predicted)  # 7

@@ -30,6 +30,7 @@ SMALL: dict[str, object] = {  # settings of a run so small that its start is mos
     "data.validation": 0.05,
     "model.width": 16,
     "model.heads": 2,
+    "optimizer.schedule": "constant",  # a run that is cut short has the rates of the whole one
 }
 STEPPING = ("schedule", "clip", "accumulate", "reschedule", "lookahead")  # the options that are Descent's
 

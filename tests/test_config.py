@@ -77,6 +77,7 @@ def test_the_same_run_under_another_rule_has_the_wire_as_it_begins(name: str) ->
         "--rule.name synthetic --rule.warmup_rule scale",  # so that rule.trust alone can be tried
         "--rule.name blend --rule.warmup 20 --rule.reschedule 9",  # what is applied meanwhile comes late
         "--rule.name delayed --rule.reschedule 9",
+        "--rule.name blend --rule.then 9:local --wire.gradient_every 2",
     ],
 )
 def test_what_one_rule_of_a_run_reads_is_let_in(words: str) -> None:
@@ -229,8 +230,9 @@ def test_the_embedded_default_is_valid() -> None:
         ),
         (["--wire.gradients", "int4"], "wire.gradients = 'int4': expected as is | bfloat16 | float16 | int8 (did you"),
         (
-            ["--rule.name", "blend", "--wire.gradient_every", "2"],
-            "wire.gradient_every = 2 with rule.name = blend: it does not only learn from gradients; leave",
+            ["--rule.name", "delayed", "--wire.gradient_every", "2"],
+            "wire.gradient_every = 2 with rule.name = delayed: it does not only learn from gradients or mend with "
+            "them; leave wire.gradient_every at 1, or use rule.name = blend or synthetic",
         ),
         (["--rule.name", "local", "--wire.gradient_every", "2"], "wire.gradient_every = 2 with rule.name = local"),
         (

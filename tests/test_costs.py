@@ -75,6 +75,8 @@ def passes(stage: Stage) -> Counter[str]:
         ("--rule.name synthetic --predictor.name linear --rule.bp_lambda 0.5", 2, 2),  # for the stage before
         ("--rule.name blend", 1, 2),  # its graph waits
         ("--rule.name blend --rule.stash false", 2, 2),
+        ("--rule.name blend --wire.gradient_every 2", 1, 1.5),
+        ("--rule.name blend --rule.stash false --wire.gradient_every 2", 1.5, 1.5),
         ("--rule.name delayed", 2, 1),
         ("--rule.name delayed --rule.stash true", 1, 1),
         ("--rule.name wait", 2, 1),
@@ -82,7 +84,7 @@ def passes(stage: Stage) -> Counter[str]:
     ],
 )
 def test_a_rule_costs_what_its_stage_is_seen_to_do(
-    words: str, forwards: int, backwards: int, monkeypatch: pytest.MonkeyPatch
+    words: str, forwards: float, backwards: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(words)
     model, plan, (work,) = planned(job, monkeypatch)

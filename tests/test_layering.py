@@ -37,6 +37,7 @@ MAY = {
     "gradient_rules": "config errors learner predictors",
     "last_stage": "beside errors finite gradient_rules predictors",
     "phases": "gradient_rules",
+    "turns": "gradient_rules",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
     "inputs": "config errors nets optim predictors",
@@ -67,8 +68,8 @@ MAY = {
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "beside config costs data errors execution gradient_rules inputs last_stage learner lessons metrics "
-    "optim phases predictors randomness sometimes split stage staging started stash sync transport unlocked window "
-    "wire",
+    "optim phases predictors randomness sometimes split stage staging started stash sync transport turns unlocked "
+    "window wire",
     "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
     "agreement": "building checkpoint config data disk errors folders split",

@@ -215,7 +215,9 @@ class WireSettings:
         "as is", "how activations travel; float16 and int8 with a float32 scale a row; evaluations go as they are"
     )
     gradients: Literal["as is", "bfloat16", "float16", "int8"] = setting("as is", "how gradients travel")
-    gradient_every: int = setting(1, "synthetic: only each n-th batch's gradient is carried, and teaches", low=1)
+    gradient_every: int = setting(
+        1, "synthetic, blend: only each n-th batch's gradient is carried, and teaches, or mends", low=1
+    )
     gradient_rows: float = setting(
         1.0, "synthetic: share of a gradient's samples that is carried, and teaches", low=1e-3, high=1.0
     )

@@ -96,7 +96,7 @@ class Config:
             raise ConfigError(f"optimizer.drops = {list(drops)} with optimizer.schedule = {schedule}: {way}")
 
     def _check_wire(self) -> None:
-        """Only what teaches may be left out: a gradient that would be applied is needed for each batch."""
+        """Only what teaches or mends may be left out: a gradient that would be applied is needed for each batch."""
         rule, wire, default = self.rule, self.wire, WireSettings()
         names = {name for _, name in phases(rule)}
         if wire.gradients != default.gradients and names == {"local"}:
@@ -108,11 +108,13 @@ class Config:
             value, usual = getattr(wire, key), getattr(default, key)
             if value == usual:
                 continue
-            if names & {"blend", "delayed", "wait"} or "synthetic" not in names:
+            without = {"synthetic", "blend"} if key == "gradient_every" else {"synthetic"}
+            if names - without - {"local"} or not names & without:
                 then = f" and rule.then = {rule.then}" if rule.then else ""
+                use = "learn from gradients or mend with them" if "blend" in without else "learn from gradients"
                 raise ConfigError(
-                    f"wire.{key} = {value} with rule.name = {rule.name}{then}: it does not only learn from "
-                    f"gradients; leave wire.{key} at {usual}, or use rule.name = synthetic"
+                    f"wire.{key} = {value} with rule.name = {rule.name}{then}: it does not only {use}; leave "
+                    f"wire.{key} at {usual}, or use rule.name = {' or '.join(sorted(without))}"
                 )
             if waits(rule):
                 raise ConfigError(
