@@ -54,6 +54,8 @@ RULES = {
     "blend-0": Rule((*BLEND, *BARE)),  # λ = 0: mended by the next stage's prediction
     "blend": Rule(BLEND, tuned_as="sync"),
     "blend-10": Rule((*BLEND, *FAR), tuned_as="sync"),  # as it began until 2026-11-28
+    "blend-every-2": Rule((*BLEND, "--wire.gradient_every", "2"), tuned_as="sync"),  # mends each second batch only
+    "blend-every-4": Rule((*BLEND, "--wire.gradient_every", "4"), tuned_as="sync"),
     "linear": Rule((*SYNTHETIC, "--predictor.name", "linear")),
     "mlp": Rule((*SYNTHETIC, "--predictor.name", "mlp")),
     "vfbn": Rule((*SYNTHETIC, "--predictor.name", "vfbn")),
@@ -67,9 +69,6 @@ VARIANTS = {  # blend with one of the settings that it begins with as the other 
     "blend-no-stash": Rule((*BLEND, "--rule.stash", "false"), tuned_as="sync"),
     "blend-matching": Rule((*BLEND, "--predictor.matching", "0.1"), tuned_as="sync"),
 }
-SPARSE = {  # blend that mends each n-th batch only: less computed and sent, and what that costs
-    f"blend-every-{n}": Rule((*BLEND, "--wire.gradient_every", n), tuned_as="sync") for n in ("2", "4")
-}
 LESSONS = {  # synthetic with another lesson for its head (dnipipe/lessons.py): what each of them brings
     "synthetic-unmatched": ("--predictor.matching", "0"),  # its own loss alone teaches it
     "synthetic-matching-0.1": ("--predictor.matching", "0.1"),
@@ -82,7 +81,7 @@ LESSONS = {  # synthetic with another lesson for its head (dnipipe/lessons.py): 
     "synthetic-lr-1e-2": ("--predictor.lr", "1e-2"),
 }
 MAIN = tuple(RULES)
-RULES |= VARIANTS | SPARSE
+RULES |= VARIANTS
 RULES |= {name: Rule((*RECOMMENDED, *words), tuned_as="synthetic") for name, words in LESSONS.items()}
 IMAGES = {"linear": ("conv", "0"), "mlp": ("conv", "1")}  # predictor -> its kind and hidden layers for a CNN
 
