@@ -41,7 +41,7 @@ def test_every_rule_has_the_same_budget(tmp_path: Path) -> None:
     searches = [cell for cell in LearningStudy().cells(Records(tmp_path)) if SEARCH in cell.labels]
     count = Counter((cell.table, cell.labels["rule"], cell.labels["delay"]) for cell in searches)
     assert set(count.values()) == {3}
-    given = {"wait", "sync-nadam", "blend", "blend-10", "blend-every-2", "blend-every-4"}  # they take the rate that sync has
+    given = {"wait", "sync-nadam", "blend", "blend-10", "blend-every-2", "blend-every-4"}  # take the rate that sync has
     assert {rule for _, rule, _ in count} == set(Axes().rules) - given
     assert all(cell.loaded.data.evaluate == "validation" and cell.loaded.train.seed == 0 for cell in searches)
 
