@@ -29,6 +29,7 @@ RULES = {
     "local": ("--rule.name", "local"),
     "synthetic": ("--rule.name", "synthetic", "--predictor.rows", "0.25"),
     "blend": ("--rule.name", "blend"),
+    "blend-every-4": ("--rule.name", "blend", "--wire.gradient_every", "4"),
     "delayed-4": ("--rule.name", "delayed", "--rule.accumulate", "4"),
 }
 SYSTEMS = (*SCHEDULES, *RULES)
