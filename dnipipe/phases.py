@@ -14,21 +14,16 @@ from torch import Tensor
 from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
 
 
-class Phases(GradientRule):
-    """Each batch belongs to the rule of its id, for good: a gradient that comes after the change finds its own rule.
+class ByBatch(GradientRule):
+    """Several rules, of which each batch belongs to one, for good: a gradient that comes late finds its own rule.
 
-    Args:
-        rules: (first batch id, rule), ascending, the first from 1 on; those with a predictor share one Learner.
+    Args: rules; those with a predictor share one Learner.
     """
 
-    def __init__(self, rules: Sequence[tuple[int, GradientRule]]) -> None:
-        self.starts = [start for start, _ in rules]
-        self.rules = [rule for _, rule in rules]
-        self.teaches = any(rule.teaches for rule in self.rules)
-        self.learner = next((rule.learner for rule in self.rules if rule.learner), None)
-
-    def at(self, batch: int) -> GradientRule:
-        return self.rules[bisect_right(self.starts, batch) - 1].at(batch)
+    def __init__(self, rules: Sequence[GradientRule]) -> None:
+        self.rules = rules
+        self.teaches = any(rule.teaches for rule in rules)
+        self.learner = next((rule.learner for rule in rules if rule.learner), None)
 
     def settle(self) -> None:
         for rule in self.rules:
@@ -43,4 +38,18 @@ class Phases(GradientRule):
         return self.at(batch).arrived(batch, h, y, g, predicted)
 
 
-__all__ = ["Phases"]
+class Phases(ByBatch):
+    """One rule after another.
+
+    Args: rules: (first batch id, rule), ascending, the first from 1 on.
+    """
+
+    def __init__(self, rules: Sequence[tuple[int, GradientRule]]) -> None:
+        super().__init__([rule for _, rule in rules])
+        self.starts = [start for start, _ in rules]
+
+    def at(self, batch: int) -> GradientRule:
+        return self.rules[bisect_right(self.starts, batch) - 1].at(batch)
+
+
+__all__ = ["ByBatch", "Phases"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dnipipe.gradient_rules import GradientRule, Mend, Skip, Use
+from dnipipe.gradient_rules import GradientRule, Skip, Use
+from dnipipe.phases import ByBatch
 
 
 class Unanswered(GradientRule):
@@ -34,30 +35,19 @@ class Unanswered(GradientRule):
         return None
 
 
-class Turns(GradientRule):
+class Turns(ByBatch):
     """Each n-th batch is one rule's, the others are another's: by batch id, so that all stages agree.
 
     Args: one, others: of the same learner. every: n.
     """
 
     def __init__(self, one: GradientRule, others: GradientRule, every: int) -> None:
-        self.one, self.others, self.every = one, others, every
-        self.teaches, self.learner = one.teaches, one.learner
+        super().__init__((one, others))
+        self.every = every
 
     def at(self, batch: int) -> GradientRule:
-        return self.others if batch % self.every else self.one
-
-    def settle(self) -> None:
-        self.one.settle()
-        self.others.settle()
-
-    def now(self, batch: int, h: Tensor, y: Tensor) -> Use | Skip | None:
-        return self.at(batch).now(batch, h, y)
-
-    def arrived(
-        self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None
-    ) -> Use | Mend | None:
-        return self.at(batch).arrived(batch, h, y, g, predicted)
+        one, others = self.rules
+        return others if batch % self.every else one
 
 
 __all__ = ["Turns", "Unanswered"]

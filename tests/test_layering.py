@@ -37,7 +37,7 @@ MAY = {
     "gradient_rules": "config errors learner predictors",
     "last_stage": "beside errors finite gradient_rules predictors",
     "phases": "gradient_rules",
-    "turns": "gradient_rules",
+    "turns": "gradient_rules phases",
     "randomness": "",
     "sometimes": "gradient_rules randomness",
     "inputs": "config errors nets optim predictors",
