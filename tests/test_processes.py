@@ -18,13 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from dnipipe import checkpoint, data, models, optim
+from dnipipe import checkpoint, cli, data, models, optim
 from dnipipe.config import load
 from dnipipe.head import Head
 from dnipipe.metrics import StageMetrics
 from tests.conftest import SMALL
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 OURS = {
     **SMALL,
@@ -33,6 +33,7 @@ OURS = {
     "eval.sample": 5,
     "checkpoint.every": 0,
 }
+ENDLESS = {"train__batches": 1_000_000, "output__every": 0.2, "pipeline__stages": 3}  # one has neighbours on both sides
 
 
 def words(**settings: object) -> list[str]:
@@ -81,7 +82,7 @@ def processes_of(run: Path) -> dict[int, int]:
     return found
 
 
-def until_training(run: Path, batch: int = 1, stages: int = 4) -> None:
+def until_training(run: Path, stages: int, batch: int = 1) -> None:
     """Wait until the last stage has reported that it trained so many batches."""
     log = run / "metrics" / f"stage-{stages - 1}.jsonl"
     for _ in range(600):
@@ -165,24 +166,19 @@ def test_a_run_says_and_leaves_what_it_should(tmp_path: Path) -> None:
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["00000020", "00000040", "00000050"]
 
     weights = tmp_path / "model.safetensors"
-    assert (
-        subprocess.run(
-            [sys.executable, "-m", "dnipipe", "export", str(run), "-o", str(weights)], check=False
-        ).returncode
-        == 0
-    )
+    assert cli.main(["export", str(run), "-o", str(weights)]) == 0
     model = models.build(load(None, words()))
     model.load_state_dict(safetensors.torch.load_file(weights))
 
 
 def test_a_run_cut_in_the_middle_and_resumed_equals_the_uncut_one(tmp_path: Path) -> None:
-    """On rule wait, bitwise; cut by SIGTERM to the launcher; resumed with 4 stages, and with 2."""
+    """On rule wait, bitwise; cut by SIGTERM to the launcher. The uncut one is the laboratory's: one process."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = {"rule__name": "wait", "train__batches": 300, "model__dropout": 0.1, "pipeline__boundaries": "2,3,4"}
-    status, _, err = train(whole, **settings)
+    status, _, err = train(whole, transport__kind="local", **settings)
     assert status == 0, err
     process = start("train", *words(output__run=cut, output__every=0.1, **settings))
-    until_training(cut, batch=20)
+    until_training(cut, stages=4, batch=20)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=40)
@@ -198,30 +194,29 @@ def test_a_run_cut_in_the_middle_and_resumed_equals_the_uncut_one(tmp_path: Path
     assert same(checkpoint.weights(cut), checkpoint.weights(whole))
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-def test_a_run_goes_on_with_another_number_of_stages(tmp_path: Path, stages: int) -> None:
+def test_a_run_goes_on_with_another_number_of_stages(tmp_path: Path) -> None:
+    """From four to two, and on to three."""
     run = tmp_path / "run"
     settings = {"rule__name": "wait", "optimizer__name": "adam"}
-    status, _, err = train(run, **{**settings, "train__batches": 25})
+    status, _, err = train(run, **{**settings, "train__batches": 20})
     assert status == 0, err
-    process = start("train", "--resume", str(run), f"--pipeline.stages={stages}", "--train.batches=50")
-    _, err = process.communicate(timeout=150)
-    assert process.returncode == 0, err
-    assert summary(run)["stages"] == stages
-    assert same(checkpoint.weights(run), plain(50, **settings))
+    for stages, end in ((2, 35), (3, 50)):
+        process = start("train", "--resume", str(run), f"--pipeline.stages={stages}", f"--train.batches={end}")
+        _, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
+        assert summary(run)["stages"] == stages
+        assert same(checkpoint.weights(run), plain(end, **settings))
 
 
-@pytest.mark.parametrize(("victim", "kind"), [(0, "zmq"), (2, "zmq"), (2, "gloo")])
+@pytest.mark.parametrize(("victim", "kind"), [(0, "zmq"), (1, "zmq"), (1, "gloo")])
 def test_a_killed_stage_ends_the_run_and_is_named_last(tmp_path: Path, victim: int, kind: str) -> None:
-    run, endless = tmp_path / "run", {"train__batches": 1_000_000, "output__every": 0.2}
-    process = start("train", *words(output__run=run, transport__kind=kind, **endless))
-    until_training(run)
+    run = tmp_path / "run"
+    process = start("train", *words(output__run=run, transport__kind=kind, **ENDLESS))
+    until_training(run, stages=3)
     pids = processes_of(run)
-    assert sorted(pids) == [0, 1, 2, 3]
+    assert sorted(pids) == [0, 1, 2]
     os.kill(pids[victim], signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 10
+    _, err = process.communicate(timeout=60)  # half of what a neighbour would wait for it
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == (
         f"dnipipe: first failure: stage {victim} (rank {victim}, pid {pids[victim]}): killed by SIGKILL"
@@ -232,9 +227,9 @@ def test_a_killed_stage_ends_the_run_and_is_named_last(tmp_path: Path, victim: i
 def test_an_interrupt_while_it_starts_leaves_no_traceback(tmp_path: Path) -> None:
     """As a terminal does it: to all processes at once, while the last of them still imports torch."""
     run = tmp_path / "run"
-    process = start("train", *words(output__run=run))
+    process = start("train", *words(output__run=run, pipeline__stages=2))
     for _ in range(1200):
-        if sum("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in processes_of(run).values()) == 4:
+        if sum("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in processes_of(run).values()) == 2:
             break
         time.sleep(0.05)
     assert not (run / "metrics").exists()  # none has begun
@@ -246,10 +241,10 @@ def test_an_interrupt_while_it_starts_leaves_no_traceback(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["zmq", "gloo"])
 def test_interrupting_one_stage_ends_all_in_order(tmp_path: Path, kind: str) -> None:
-    run, endless = tmp_path / "run", {"train__batches": 1_000_000, "output__every": 0.2}
-    process = start("train", *words(output__run=run, transport__kind=kind, **endless))
-    until_training(run)
-    os.kill(processes_of(run)[2], signal.SIGINT)
+    run = tmp_path / "run"
+    process = start("train", *words(output__run=run, transport__kind=kind, **ENDLESS))
+    until_training(run, stages=3)
+    os.kill(processes_of(run)[1], signal.SIGINT)
     out, err = process.communicate(timeout=40)
     assert process.returncode == 0, err
     assert "stopped at batch" in out
@@ -262,7 +257,7 @@ def test_interrupting_one_stage_ends_all_in_order(tmp_path: Path, kind: str) -> 
         (["--rule.nam=x"], 2, "unknown setting rule.nam (did you mean rule.name?)"),
         (["--pipeline.stages=9", "--pipeline.boundaries="], 2, "9 stages, but the model has only 6 layers"),
         (["--data.name=mnist", "--model.name=mlp", "--data.root=/nowhere"], 2, "--data.root"),
-        (["--optimizer.name=sgd", "--optimizer.lr=1e30"], 1, "holds NaN or infinity in batch 2"),
+        (["--optimizer.name=sgd", "--optimizer.lr=1e30", "--pipeline.stages=2"], 1, "holds NaN or infinity in batch 2"),
     ],
     ids=["setting", "stages", "data", "nan"],
 )
@@ -277,8 +272,8 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, arguments: list[str], statu
 
 def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
     """Into one new folder, which is stage 0's."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "dnipipe")
-    process = start("train", *words(output__dir=tmp_path / "runs"), program=torchrun)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dnipipe")
+    process = start("train", *words(output__dir=tmp_path / "runs", pipeline__stages=2), program=torchrun)
     _, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     (run,) = (tmp_path / "runs").iterdir()

@@ -305,16 +305,16 @@ def test_a_run_in_the_laboratory_repeats_bitwise_and_goes_on_bitwise(tmp_path: P
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_run_over_processes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    unlocked = {"rule__name": "synthetic", "rule__forward_unlock": True, "rule__p_update": 0.7}
+    unlocked = {"rule__name": "synthetic", "rule__forward_unlock": True, "rule__p_update": 0.7, "pipeline__stages": 3}
     status, _, err = test_processes.train(run, eval__every=20, **unlocked)
     assert status == 0, err
     told = json.loads((run / "summary.json").read_text())
-    assert [stage["batches"] for stage in told["stage"]] == [50] * 4
+    assert [stage["batches"] for stage in told["stage"]] == [50] * 3
     assert all(stage["input_error"] > 0 for stage in told["stage"][1:])
     assert all(10 < 50 - stage["reasons"]["not drawn"] < 50 for stage in told["stage"])
-    assert all(stage["cosine"] is not None for stage in told["stage"][:3])
+    assert all(stage["cosine"] is not None for stage in told["stage"][:2])
     assert told["eval"]["loss"] < 5.6
     assert checkpoint.newest(run).batch == 50
