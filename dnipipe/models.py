@@ -25,21 +25,26 @@ from dnipipe.errors import ConfigError
 IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # (C, H, W) of one image of data.name
 CLASSES = 10  # of each
 BYTES = 256  # the transformer's vocabulary
+ENDS = {"mlp": 0, "cnn": 1, "transformer": 2}  # layers of each that model.layers does not count
 
 
 def build(config: Config) -> nn.Sequential:
     """The model that the configuration names. Raises ConfigError if it cannot read the data that is named."""
+    _check_data(config)
+    return nn.Sequential(OrderedDict(BUILDERS[config.model.name](config)))
+
+
+def layers_of(config: Config) -> int:
+    """How many layers the model has, which is not made. Raises ConfigError as `build` does."""
+    _check_data(config)
+    return config.model.layers + ENDS[config.model.name]
+
+
+def _check_data(config: Config) -> None:
     name, data = config.model.name, config.data.name
     if (name == "transformer") == (data in IMAGES):
         fitting = "mlp or cnn" if data in IMAGES else "transformer"
         raise ConfigError(f"model.name = {name} cannot read data.name = {data}: use model.name = {fitting}")
-    return nn.Sequential(OrderedDict(BUILDERS[name](config)))
-
-
-def layers_of(config: Config) -> int:
-    """How many layers the model has. It is made without weights, so this takes no time, however large it is."""
-    with torch.device("meta"):
-        return len(build(config))
 
 
 def loss_of(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
