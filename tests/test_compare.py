@@ -149,7 +149,7 @@ def test_what_the_wire_does_to_one_side_alone_is_said() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_both_runs_stand_side_by_side(tmp_path: Path) -> None:
     process = start("compare", *words(output__dir=tmp_path, pipeline__stages=2), "--batches", "40")
     out, err = process.communicate(timeout=170)

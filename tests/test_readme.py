@@ -22,7 +22,7 @@ ROWS = sorted({settings for line in LINES for settings in re.findall(r"^\|.*\| `
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_the_example_of_ones_own_model(tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "train.py").write_text(snippet + "print(sum(p.numel() for p in trained.parameters()))\n")

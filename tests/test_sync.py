@@ -214,7 +214,7 @@ def test_on_a_private_network_the_address_must_still_be_one_of_this_machine(meet
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "settings",
     [{"pipeline__stages": 4}, {"pipeline__stages": 2, "sync__schedule": "gpipe", "sync__microbatches": 4}],
@@ -246,7 +246,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_a_run_goes_on_with_another_number_of_stages_and_under_another_rule(tmp_path: Path) -> None:
     run = tmp_path / "run"
     status, _, err = train(run, **SGD, train__batches=15, pipeline__stages=3)
@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_another_number_of_stages_and_under_another_rule(tmp_
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("number", "says"),
     [(signal.SIGKILL, "stage 1 (rank 1, pid {pid}): killed by SIGKILL"), (signal.SIGSTOP, "WaitTimeout: stage")],
@@ -313,7 +313,7 @@ sys.stdout.write(f"after {summary['train']['samples']} {same} {loss < 0.9} {skip
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")])
 def test_a_users_own_model_trains_synchronously(tmp_path: Path, launcher: tuple[str, ...]) -> None:
     """Evaluations take the ragged batch, training leaves it out."""

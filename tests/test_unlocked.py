@@ -305,7 +305,7 @@ def test_a_run_in_the_laboratory_repeats_bitwise_and_goes_on_bitwise(tmp_path: P
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_a_run_over_processes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     unlocked = {"rule__name": "synthetic", "rule__forward_unlock": True, "rule__p_update": 0.7, "pipeline__stages": 3}

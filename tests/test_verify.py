@@ -119,7 +119,7 @@ def test_a_number_of_batches_is_one(words: list[str], capsys: pytest.CaptureFixt
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_the_built_in_model_is_verified_on_the_command_line() -> None:
     """Whatever the file's rule is, and with Adam; and whatever goes by the wire, which would be the wire's rounding."""
     wire = {"rule__name": "synthetic", "wire__activations": "int8", "wire__gradient_every": 4}
@@ -153,7 +153,7 @@ print("equal", equal, next(model.parameters()).dtype)   # here comes the launchi
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_a_layer_with_a_hidden_state_is_found_out(tmp_path: Path) -> None:
     """A user's own model; BatchNorm in it is said, and does not hide it."""
     script = tmp_path / "train.py"

@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import SMALL
 from tests.launch.conftest import ROOT, environment, free_port
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 TOTAL, EVERY = 300, 20  # batches; a checkpoint every so many
 ONE_HOST, SEVERAL = str(ROOT / "launch" / "torchrun.sh"), str(ROOT / "launch" / "multinode.sh")

@@ -11,7 +11,7 @@ import pytest
 from tests.launch.conftest import ROOT, WORDS, Together, environment, free_port, trained
 
 LAUNCH = ROOT / "launch"
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 
 def test_one_host(tmp_path: Path, together: Together) -> None:

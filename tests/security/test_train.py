@@ -9,7 +9,7 @@ import pytest
 from dnipipe import checkpoint, keys
 from tests.test_processes import train
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 FAR = {"transport__scheme": "tcp", "transport__address": "192.0.2.1"}  # no machine's
 TWO = {"pipeline__stages": 2}
 

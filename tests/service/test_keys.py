@@ -11,7 +11,7 @@ from dnipipe import keys
 from tests.service.conftest import Services
 from tests.service.test_stages import exact
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 Make = Callable[..., Services]
 

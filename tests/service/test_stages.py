@@ -17,7 +17,7 @@ from dnipipe.service.ledger import unexplained
 from dnipipe.service.place import unhealthy
 from tests.service.conftest import Services
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 Make = Callable[..., Services]
 

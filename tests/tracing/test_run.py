@@ -12,7 +12,7 @@ from dnipipe import cli
 from tests.test_processes import start, train, words
 from tests.tracing.test_merging import assert_valid
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 
 def test_every_second_of_a_run_is_accounted_for_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
