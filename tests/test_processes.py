@@ -162,6 +162,7 @@ def test_a_run_says_and_leaves_what_it_should(tmp_path: Path) -> None:
     assert [s["index"] for s in stages] == [0, 1, 2, 3] and all(s["batches"] == 50 for s in stages)
     assert all(s["cosine"] is not None and s["staleness"] >= 1 for s in stages[:3]) and stages[3]["cosine"] is None
     assert "bigram model" in out and "sample" in out and str(run) in out and "dnipipe export" in out
+    assert not (run / "trace").exists()  # nobody asked for one
     assert all(len((run / "metrics" / f"stage-{k}.jsonl").read_text().splitlines()) > 0 for k in range(4))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["00000020", "00000040", "00000050"]
 

@@ -67,10 +67,10 @@ def test_a_resumed_run_begins_its_trace_anew(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_has_the_traces_of_all_its_stages(tmp_path: Path) -> None:
-    """None begins to write before the old ones are gone."""
+    """And of none that is no more. None begins to write before the old ones are gone."""
     run = tmp_path / "run"
+    assert train(run, pipeline__stages=3, output__trace="true", train__batches=5)[0] == 0
     ours: dict[str, object] = {"pipeline__stages": 2, "output__trace": "true"}
-    assert train(run, **ours, train__batches=5)[0] == 0
     for batches in (10, 15):
         process = start("train", "--resume", str(run), *words(**ours, train__batches=batches))
         _, err = process.communicate(timeout=150)
