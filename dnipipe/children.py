@@ -16,6 +16,7 @@ from dnipipe.config import Config
 from dnipipe.disk import disk
 from dnipipe.errors import SplitError
 from dnipipe.folders import write_config
+from dnipipe.started import importing
 
 TEMPORARY = "name a folder for temporary files with TMPDIR"
 
@@ -25,7 +26,8 @@ def launched(word: str, config: Config, run: Path, *options: str, debug: bool) -
 
     Raises SplitError, before any is started, if there are more stages than layers; ConfigError.
     """
-    from dnipipe.launcher import launch  # and torch with it, for which a supervisor or a health check has no use
+    with importing():  # torch comes with it, for which a supervisor or a health check has no use
+        from dnipipe.launcher import launch
 
     check_layers(config)
     with _temporary() as folder:

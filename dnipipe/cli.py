@@ -18,7 +18,7 @@ from dnipipe.children import check_layers, launched
 from dnipipe.config import Config, Output, describe, load, replace
 from dnipipe.errors import ConfigError, DiskError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, begun, check_apart, newest_run
-from dnipipe.started import LAUNCHED, is_worker
+from dnipipe.started import LAUNCHED, importing, is_worker
 
 NEWEST = "newest"
 
@@ -129,8 +129,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config, name = _configured(options, overrides)
     resume = options.resume is not None
     if is_worker() or config.transport.kind == "local":
-        from dnipipe.jobs import job_of
-        from dnipipe.process import guarded
+        with importing():
+            from dnipipe.jobs import job_of
+            from dnipipe.process import guarded
 
         return guarded(job_of(config), resume, options.debug, name=name)[0]
     with begun(config.output, name, resume) as folder:
@@ -175,17 +176,19 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     if not options.no_restart:
         command = ["-m", "dnipipe", "stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
         return supervisor.supervise(command + ["--debug"] * options.debug, options.index, config.service.restarts)
-    from dnipipe.jobs import job_of
-    from dnipipe.process import guarded
-    from dnipipe.service.session import serve
+    with importing():
+        from dnipipe.jobs import job_of
+        from dnipipe.process import guarded
+        from dnipipe.service.session import serve
 
     job = job_of(replace(config, output={"run": str(run)}))
     return guarded(job, debug=options.debug, part=lambda job, _: serve(job, options.index))[0]
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:
-    from dnipipe.check import check
-    from dnipipe.jobs import job_of
+    with importing():
+        from dnipipe.check import check
+        from dnipipe.jobs import job_of
 
     config = load(Path(options.config) if options.config else None, overrides)
     for line in check(job_of(config)):
@@ -194,7 +197,8 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
-    from dnipipe import verify
+    with importing():
+        from dnipipe import verify
 
     config = replace(load(Path(options.config) if options.config else None, overrides), model={"dropout": 0.0})
     if LAUNCHED in os.environ:
@@ -216,7 +220,8 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
-    from dnipipe import compare
+    with importing():
+        from dnipipe import compare
 
     path = Path(options.config) if options.config else None
     config = load(path, overrides)

@@ -33,7 +33,7 @@ from dnipipe.folders import begun
 from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
 from dnipipe.predictors import Loss
-from dnipipe.started import HERE, LAUNCHED, is_worker
+from dnipipe.started import HERE, LAUNCHED, importing, is_worker
 
 if TYPE_CHECKING:
     from dnipipe.building import Job
@@ -210,7 +210,8 @@ def _one_number(loss: Loss, h: Tensor, y: Tensor) -> Tensor:
 
 
 def _guarded(job: Job, resume: bool = False, part: Work | None = None) -> Path:
-    from dnipipe.process import guarded
+    with importing() if is_worker() else nullcontext():  # and what the script has imported, in a process of the run's
+        from dnipipe.process import guarded
 
     status, folder = guarded(job, resume, part=part, name="fit")
     if status:

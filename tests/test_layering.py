@@ -85,7 +85,7 @@ MAY = {
     "compare": "building config errors gloo jobs loopback sync",
     "verify": "building checkpoint config data laboratory metrics optim randomness session",
     "process": "building errors laboratory session started",
-    "children": "config disk errors folders launcher models",
+    "children": "config disk errors folders launcher models started",
     "run": "building checkpoint children config data errors folders launcher optim predictors process started verify",
     "cli": "check checkpoint children compare config errors folders jobs keys process service started tracing verify",
     "__init__": "config errors run started",
