@@ -66,7 +66,7 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
     plan = plan_for(_cut_as(found, job, model), model, x, y, task.classes)
     tasks.append(replace(task, classes=plan.classes))
     total, start = total_batches(settings, task), found.batch if found else 0
-    if start >= total:
+    if start > total or (start == total and _finished(folder, total)):
         raise ConfigError(
             f"the checkpoint in {folder} is at batch {start} and the run ends at {total}: "
             "raise train.batches or train.epochs to go on"
@@ -80,6 +80,15 @@ def agree(job: Job, model: nn.Module, tasks: list[Task], resume: bool) -> Agreem
             with disk(f"cannot write {folder / INITIAL}", ELSEWHERE, start=True):
                 checkpoint.write_tensors(folder / INITIAL, _whole(model))
     return agreed
+
+
+def _finished(folder: Path, batch: int) -> bool:
+    """Whether the run in the folder came to its end at this batch: if it died in its last evaluation, that is left."""
+    try:
+        told = json.loads((folder / "summary.json").read_text())
+        return told["finished"] is True and told["batch"] == batch
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def settle(job: Job, agreed: Agreement) -> None:

@@ -162,7 +162,7 @@ def conclude(job: Job, task: Task, agreed: Agreement, head: Head) -> None:
     """The summary, on disk and for a person."""
     settings, folder = job.config, Path(agreed.folder)
     totals = [head.finals[k] for k in range(settings.pipeline.stages)]
-    summary = metrics.summary(settings.rule.name, head.evaluation, totals)
+    summary = metrics.summary(settings.rule.name, head.evaluation, totals, head.batch, not head.interrupted)
     metrics.write_json(folder / "summary.json", summary)
     result.closing(job, task, folder, head, summary)
 

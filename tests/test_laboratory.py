@@ -265,6 +265,37 @@ def test_two_runs_are_not_at_work_in_one_folder(
     assert not (run / "lock").exists()
 
 
+@pytest.mark.parametrize("ends", ["interrupted", "dies"])
+def test_what_ended_in_its_last_evaluation_is_resumed_for_that_alone(
+    ends: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole = tmp_path / "run", train(tmp_path / "whole", train__batches=20, eval__every=10)
+    evaluate = Head._evaluate
+
+    def cut_short(head: Head, batch: int) -> Iterator[Message | None]:
+        for number, message in enumerate(evaluate(head, batch)):
+            if batch == head.total and number == 2:
+                if ends == "dies":
+                    raise ArithmeticError("no more")
+                head.interrupt()
+            yield message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Head, "_evaluate", cut_short)
+        words = {**OURS, "train.batches": 20, "eval.every": 10, "output.run": run}
+        assert cli.main(["train", *(f"--{k}={v}" for k, v in words.items())]) == (ends == "dies")
+    assert (
+        ends == "dies"
+        or f"stopped at batch 20 of 20; go on with: dnipipe train --resume {run}" in capsys.readouterr().out
+    )
+    assert checkpoint.newest(run).batch == 20
+    told = train(run, "--resume", str(run), train__batches=20, eval__every=10)
+    assert (told["eval"], told["batch"], told["finished"]) == (whole["eval"], 20, True)
+    assert told["train"]["batches"] == 0
+    assert cli.main(["train", "--resume", str(run)]) == 2  # now it is at its end
+    assert f"the checkpoint in {run} is at batch 20 and the run ends at 20" in capsys.readouterr().err
+
+
 # -- a disk that is full -----------------------------------------------------------------------------------------
 
 

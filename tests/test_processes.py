@@ -154,7 +154,7 @@ def test_a_run_says_and_leaves_what_it_should(tmp_path: Path) -> None:
     status, out, err = train(run, eval__every=20, checkpoint__every=20, transport__scheme="tcp")
     assert status == 0, err
     told = summary(run)
-    assert set(told) == {"stages", "rule", "train", "eval", "stage", "versions"}
+    assert set(told) == {"stages", "rule", "batch", "finished", "train", "eval", "stage", "versions"}
     assert told["train"]["batches"] == 50 and told["train"]["samples"] == 400  # type: ignore[index]
     assert told["eval"]["loss"] < 5.4 and 0 < told["eval"]["accuracy"] < 1  # type: ignore[index]
     stages = told["stage"]
@@ -283,6 +283,8 @@ def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
     assert run.name.startswith("default-") and set(summary(run)) == {
         "stages",
         "rule",
+        "batch",
+        "finished",
         "train",
         "eval",
         "stage",

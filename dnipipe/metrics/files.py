@@ -67,12 +67,18 @@ class TensorBoard:
 
 
 def summary(
-    rule: str, evaluation: tuple[float, float | None] | None, totals: Sequence[dict[str, float]]
+    rule: str,
+    evaluation: tuple[float, float | None] | None,
+    totals: Sequence[dict[str, float]],
+    batch: int,
+    finished: bool,
 ) -> dict[str, Any]:
     """summary.json: its keys are fixed; null where nothing was measured.
 
     Args:
         totals: those of stages 0 to K-1.
+        batch: the last one's id.
+        finished: whether the run came to its end, the last evaluation included.
     """
     first = totals[0]
     # a batch is trained when its last stage has trained it; of stages on their own, one may be older than this stage 0
@@ -81,6 +87,8 @@ def summary(
     return {
         "stages": len(totals),
         "rule": rule,
+        "batch": batch,
+        "finished": finished,
         "train": {
             "batches": int(first["batches"]),
             "samples": int(first["samples"]),

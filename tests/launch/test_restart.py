@@ -155,6 +155,17 @@ def test_a_fit_that_had_come_to_its_end_is_not_made_again(world: World) -> None:
     assert said.count("data    the loader given to fit") == 1 and said.count("behind fit: 6 tensors") >= 2
 
 
+def test_a_death_in_the_last_evaluation_is_made_good_by_that_alone(world: World) -> None:
+    run = world.folder / "run"
+    world.start(ONE_HOST, *words(output__run=run, checkpoint__every=0, train__batches=20))
+    world.until_saved()
+    world.kill(1)
+    assert world.statuses() == {0}, world.said.read_text()[-3000:]
+    told = json.loads((run / "summary.json").read_text())
+    assert told["train"]["batches"] == 0 and told["batch"] == 20 and told["eval"]["loss"] > 0
+    assert world.said.read_text().count("continued from batch 20") == 1
+
+
 def test_a_death_before_the_first_checkpoint_begins_anew_in_the_same_folder(world: World) -> None:
     run = world.folder / "run"
     world.start(ONE_HOST, *words(output__run=run, checkpoint__every=0, train__batches=TOTAL))

@@ -81,10 +81,11 @@ def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     metrics.skip("loss not finite")
     metrics.dropped["malformed"] += 2
     last = StageMetrics(2, 3, Clock(time, time)).totals()
-    made = summary("synthetic", (1.5, None), [over_the_wire(metrics.totals()), over_the_wire(last)])
+    made = summary("synthetic", (1.5, None), [over_the_wire(metrics.totals()), over_the_wire(last)], 7, True)
     write_json(tmp_path / "summary.json", made)
     told = strict((tmp_path / "summary.json").read_text())
-    assert set(told) == {"stages", "rule", "train", "eval", "stage", "versions"}
+    assert set(told) == {"stages", "rule", "batch", "finished", "train", "eval", "stage", "versions"}
+    assert (told["batch"], told["finished"]) == (7, True)
     assert told["train"] == {"batches": 1, "samples": 8, "seconds": 4.0, "samples_per_second": 2.0}
     assert told["eval"] == {"loss": 1.5, "accuracy": None}
     first, second = told["stage"]
@@ -109,15 +110,16 @@ def test_a_batch_is_trained_when_its_last_stage_has_trained_it() -> None:
     older = {"batches": 500.0, "samples": 4000.0, "training_seconds": 20.0}
     others = measured().totals()
     told = [
-        summary("local", None, [others | stage for stage in run])["train"] for run in ((first, slower), (first, older))
+        summary("local", None, [others | stage for stage in run], 90, True)["train"]
+        for run in ((first, slower), (first, older))
     ]
     assert [(train["seconds"], train["samples_per_second"]) for train in told] == [(4.5, 160), (1, 720)]
 
 
 def test_a_diverged_or_unevaluated_run_has_a_summary_too(tmp_path: Path) -> None:
     totals = [measured().totals()]
-    diverged = summary("wait", (float("nan"), float("inf")), totals)
-    assert diverged["eval"] == summary("wait", None, totals)["eval"] == {"loss": None, "accuracy": None}
+    diverged = summary("wait", (float("nan"), float("inf")), totals, 3, False)
+    assert diverged["eval"] == summary("wait", None, totals, 3, False)["eval"] == {"loss": None, "accuracy": None}
     assert diverged["train"]["samples_per_second"] == 0
     write_json(tmp_path / "summary.json", diverged)
     strict((tmp_path / "summary.json").read_text())
