@@ -172,7 +172,7 @@ class Blend(Synthetic):
     a run, followed it, a part of it late. With λ = 0 it looks no further than the next stage's own prediction.
     It joins, for a step of its own would be as long as any: Adam steps as far for a small gradient as for a large one.
     The older, the less of it: what is mended late is mended while the stage has moved; and the more, the less it moves,
-    as the rate falls (docs/learning.md).
+    as the rate falls (docs/learning-measured.md).
 
     Args: correction, w; stash, whether the difference is backpropagated at the weights that the batch went through
     with, as ĝ was: then the stage before is sent the gradient of a single point, though long past; else of none. The

@@ -152,9 +152,9 @@ class VFBN(Predictor):
 
     It minimises  loss(A(h), y)  as soon as h is there, and  matching · (1/N) Σ (N·ĝ − N·g)²  when g is. The first is
     the local loss: alone, it is greedy layer-wise training (Belilovsky et al. 2019). Learnt as late as g, it lets the
-    head lag behind its stage, and under eight batches a hop training goes backwards (docs/learning.md). The second
-    needs the head's second derivative, so nothing in A may be a fused kernel without one. Source: Miyato et al., ICLR
-    2017 workshop, "Synthetic gradient methods with virtual forward-backward networks".
+    head lag behind its stage, and under eight batches a hop training goes backwards (docs/learning-measured.md). The
+    second needs the head's second derivative, so nothing in A may be a fused kernel without one. Source: Miyato et
+    al., ICLR 2017 workshop, "Synthetic gradient methods with virtual forward-backward networks".
 
     Args:
         head: A, from h to the model's output; or to features, of which `scores` makes the output.

@@ -153,8 +153,9 @@ def balance(cost: Cost, trainable: Sequence[bool], stages: int, work: Cost | Non
     """Boundaries that make the most costly stage as cheap as possible, each stage having something to train.
 
     cost: of a stage of these layers, and whether it is the last one. work: the part of it that is its layers' own. A
-    stage with next to none of that does little but predict, and learns badly (an embedding by itself: learning.md); so
-    none has less than a quarter of an equal share, if that makes the most costly one dearer by a tenth at most.
+    stage with next to none of that does little but predict, and learns badly (an embedding by itself:
+    learning-measured.md); so none has less than a quarter of an equal share, if that makes the most costly one dearer
+    by a tenth at most.
     """
     cut, most = _cheapest(cost, trainable, stages)
     if cut is None:
