@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dnipipe.gradient_rules import RULES
+
 PACKAGE = Path(__file__).parents[1] / "dnipipe"
 
 # module -> what it may import of dnipipe's; the picture is in docs/design.md
@@ -164,6 +166,14 @@ def test_stage_and_transport_never_see_each_other() -> None:
     found = modules()
     assert not any("transport" in name for name in found["stage"])
     assert not any("stage" in name for name in found["transport"])
+
+
+def test_where_a_batch_passes_through_no_rule_is_known_by_its_name() -> None:
+    """A rule is what it answers: adding one touches no stage and no loop."""
+    for room in ("stage", "last_stage", "passes", "pending", "learner", "stash", "worker", "measured", "window"):
+        path = PACKAGE / f"{room}.py"
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not words & set(RULES), path
 
 
 def test_heavy_and_io_libraries_stay_in_their_rooms() -> None:
