@@ -1,7 +1,9 @@
-"""The paper's experiments: valid cells, its methods, its figures beside ours. Nothing is trained."""
+"""The paper's experiments: valid cells, its methods, its figures beside ours. What is trained is tiny."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from benchmarks.cells import Cell, Records
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.published import TABLE, error
 from benchmarks.paper.report import PaperStudy
-from benchmarks.paper.study import LAYERS, LONGER, PROTOCOLS, TABLES, UNITS, Row
-from dnipipe import models
+from benchmarks.paper.study import LAYERS, LONGER, OURS, PROTOCOLS, TABLES, UNITS, Row
+from dnipipe import cli, models
 from tests.benchmarks.conftest import record
+from tests.data.conftest import write_cifar10
 
 
 def cell_of(study: PaperStudy, table: str, method: str, layers: int, p: str = "1") -> Cell:
@@ -35,6 +38,22 @@ def test_every_layer_of_every_cell_is_a_stage(protocol: str, data: str, tmp_path
 def test_a_net_has_as_many_layers_as_the_paper_counts(table: str) -> None:
     for layers in LAYERS[table]:
         assert len(models.build(cell_of(PaperStudy(), table, "vfbn", layers).loaded)) == layers
+
+
+@pytest.mark.parametrize("method", ["no backprop", "backprop", "DNI", "cDNI", OURS])
+@pytest.mark.parametrize("table", ["fcn", "cnn"])
+def test_every_method_trains_on_cifar_10(table: str, method: str, tmp_path: Path) -> None:
+    """On small files of it, four batches, nets that are narrower."""
+    for name in (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"):
+        write_cifar10(tmp_path / name, 0, 6)
+    cell = cell_of(PaperStudy(data="cifar10"), table, method, 3)
+    small = {"train.batches": 4, "data.batch": 6, "model.width": 4, "optimizer.drops": "2,3", "output.quiet": "true"}
+    small |= {"predictor.width": 4, "output.run": tmp_path / "run"}
+    assert cli.main([*cell.command(str(tmp_path))[1:], *(f"--{name}={value}" for name, value in small.items())]) == 0
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert told["stages"] == (1 if method == "backprop" else 3)
+    assert told["train"]["batches"] == 4 and math.isfinite(told["eval"]["loss"])
+    assert told["stage"][0]["at_once"] == (0 if method == "no backprop" else 1)
 
 
 def test_the_papers_protocol_and_predictors() -> None:
