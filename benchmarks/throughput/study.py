@@ -25,9 +25,11 @@ from benchmarks.throughput.window import Measured
 
 ALONE = "alone"
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "plain")  # of torch.distributed.pipelining; plain: one rank at a time
+SYNTHETIC = ("--rule.name", "synthetic", "--predictor.rows", "0.25")
 RULES = {
     "local": ("--rule.name", "local"),
-    "synthetic": ("--rule.name", "synthetic", "--predictor.rows", "0.25"),
+    "synthetic": SYNTHETIC,
+    "synthetic-int8": (*SYNTHETIC, "--wire.activations", "int8", "--wire.gradients", "int8"),
     "blend": ("--rule.name", "blend"),
     "blend-every-4": ("--rule.name", "blend", "--wire.gradient_every", "4"),
     "delayed-4": ("--rule.name", "delayed", "--rule.accumulate", "4"),
