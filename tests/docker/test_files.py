@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.conftest import ROOT
+from dnipipe.keys import KeyRing
+from tests.launch.conftest import ROOT, environment
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra: dev): the compose files were not checked")
 
@@ -77,13 +81,47 @@ def test_each_stage_is_a_container_that_comes_back_and_is_looked_after() -> None
 def test_the_keys_are_there_before_any_stage_and_no_stage_can_change_them() -> None:
     settings = tomllib.loads((DOCKER / "demo.toml").read_text())
     services = read("compose.yaml")["services"]
-    made = services.pop("keys")
     where, count = settings["security"]["keys"], settings["pipeline"]["stages"]
-    assert f"dnipipe keys new {where} --stages {count}" in made["command"] and made["volumes"] == ["keys:/keys"]
-    for name, one in services.items():
-        if name.startswith("stage"):
-            assert "keys:/keys:ro" in one["volumes"]
-            assert one["depends_on"] == {"keys": {"condition": "service_completed_successfully"}}
+    for k in range(count):
+        made, stage = services[f"keys{k}"], services[f"stage{k}"]
+        assert f"dnipipe keys new {where} --stage $$STAGE" in made["command"] and made["environment"] == {"STAGE": k}
+        assert made["volumes"] == [f"public:{where}/public", f"secret{k}:{where}/secret"]
+        assert [each for each in stage["volumes"] if where in each] == [f"{each}:ro" for each in made["volumes"]]
+        assert set(stage["depends_on"]) == {f"keys{j}" for j in range(count)}
+        assert all(each == {"condition": "service_completed_successfully"} for each in stage["depends_on"].values())
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_secret_key_is_seen_by_its_own_stage_and_who_makes_it_alone(stage: int) -> None:
+    top = read("compose.yaml")
+    volumes = {name: {each.split(":")[0] for each in one.get("volumes", ())} for name, one in top["services"].items()}
+    assert {name for name, seen in volumes.items() if f"secret{stage}" in seen} == {f"keys{stage}", f"stage{stage}"}
+    assert volumes[f"stage{stage}"] == {"runs", "./demo.toml", "public", f"secret{stage}"}
+    assert f"secret{stage}" in top["volumes"]
+
+
+def test_a_pair_is_made_once_for_each_stage(tmp_path: Path) -> None:
+    """The command of the services, where the folders stand that they have mounted, and then once more."""
+    services = read("compose.yaml")["services"]
+    (tmp_path / "public").mkdir()
+    for k in 2 * [0, 1]:
+        (tmp_path / f"{k}").mkdir(exist_ok=True)
+        if not (tmp_path / f"{k}" / "public").exists():
+            (tmp_path / f"{k}" / "public").symlink_to(tmp_path / "public")
+        command = services[f"keys{k}"]["command"].replace("$$", "$").replace("/keys", str(tmp_path / f"{k}"))
+        subprocess.run(shlex.split(command), env=environment(STAGE=str(k)), check=True, timeout=60)
+    assert sorted(path.name for path in (tmp_path / "public").iterdir()) == ["stage-0-1.key", "stage-1-1.key"]
+    for k in (0, 1):
+        (secret,) = (tmp_path / f"{k}" / "secret").iterdir()
+        assert secret.name == f"stage-{k}-1.key" and secret.stat().st_mode & 0o777 == 0o600
+    zero, one = KeyRing(tmp_path / "0", 0), KeyRing(tmp_path / "1", 1)
+    assert zero.keys(1) == [one.public] and one.keys(0) == [zero.public]
+
+
+def test_what_a_volume_of_keys_is_mounted_on_is_the_users_own() -> None:
+    """A new volume takes its owner from there, and the user could not write into root's."""
+    text = (DOCKER / "Dockerfile").read_text()
+    assert "install -d -o dnipipe -g dnipipe -m 0700 /runs /keys /keys/public /keys/secret\n" in text
 
 
 def test_the_faults_hit_each_stage() -> None:
