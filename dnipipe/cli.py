@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("config", help="TOML file, the same for all stages")
     stage.add_argument("--index", type=int, required=True, metavar="K", help="which stage, from 0")
     stage.add_argument("--no-restart", action="store_true", help="end when it dies: somebody else starts it again")
-    stage.add_argument("--healthy", action="store_true", help="only say, by the exit status, whether it makes progress")
+    stage.add_argument("--healthy", action="store_true", help="only say, by the exit status, whether it gets on")
     stage.set_defaults(run=_stage)
     check = commands.add_parser("check", help="send one batch through all stages in one process; print the plan")
     check.add_argument("config", nargs="?", help="TOML file")
@@ -169,7 +169,7 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     place.check(config, options.index)
     if options.healthy:
         why = place.unhealthy(run, options.index, config.service.hung)
-        print(why or f"stage {options.index} makes progress")
+        print(why or f"stage {options.index} gets on, or waits for a neighbour")
         return 1 if why else 0
     if options.index == 0 and not (run / "stage-0" / place.START).exists():
         check_apart(path, run)

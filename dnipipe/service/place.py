@@ -3,7 +3,7 @@
 RUN/stage-K/start.json      which start this is, what it is part of (the agreement), whether the run is over
             checkpoints/    its own state, in the form of a run of one stage
             ledger.jsonl    ledger.py
-            alive           touched while its loop goes round
+            alive           touched when its loop comes round: unhealthy()
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ def _checksum(note: dict[str, Any]) -> int:
 
 
 def unhealthy(run: Path, stage: int, limit: float) -> str:
-    """Why the stage does not count as alive; "" if it does: its loop has gone round within `limit` seconds."""
+    """Why the stage does not count as healthy; "" if it does: its loop has come round within `limit` seconds.
+
+    In one turn the loop takes a message and does all that this asks of it, or waits for one, a second at most. So who
+    has something to do and does not get on with it is not healthy, and who only waits for a neighbour is.
+    """
     path = run / f"stage-{stage}" / "alive"
     try:
         silent = time.time() - path.stat().st_mtime
