@@ -4,7 +4,8 @@
 # Trains twice, in a compose project of its own: undisturbed, then with eight faults, each stage hit twice.
 # BATCHES  of each run [2000]; a fault comes every tenth of them, when the one before is over
 # LONG     seconds that a pause, a cut or a slow time lasts [8]
-# The run files stay in the volume dnipipe-chaos_runs; docker/README.md says how to draw them.
+# What it cost is printed, and stays in chaos.md; the status is 1 if it was too much (report.py). The run files stay in the
+# volume dnipipe-chaos_runs; docker/README.md says how to draw them.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -90,4 +91,4 @@ for each in "kill 1" "pause 2" "cut 3" "slow 0" "kill 3" "kill 0" "pause 1" "$la
 done
 until_ended
 docker run --rm -i -v "${project}_runs:/runs" dnipipe sh -c 'cat >/runs/disturbed/faults.jsonl' <"$faults"
-docker run --rm -i -v "${project}_runs:/runs:ro" dnipipe python - /runs/disturbed /runs/undisturbed <report.py
+docker run --rm -i -v "${project}_runs:/runs:ro" dnipipe python - /runs/disturbed /runs/undisturbed <report.py | tee chaos.md
