@@ -39,7 +39,7 @@ delay_stage() { # of everything the stage sends
   "${inside[@]}" del dev eth0 root
 }
 can_delay() {
-  [ "$(id -u)" = 0 ] && command -v nsenter tc >/dev/null && modprobe --quiet sch_netem 2>/dev/null
+  [ "$(id -u)" = 0 ] && type nsenter tc >/dev/null 2>&1 && modprobe --quiet sch_netem 2>/dev/null
 }
 
 fault() { # KIND STAGE: make it, and write down when it began and ended

@@ -128,7 +128,9 @@ def test_the_faults_hit_each_stage() -> None:
     text = (DOCKER / "chaos.sh").read_text()
     faults = re.findall(r'"(kill|pause|cut|slow) (\d)"', text[text.index("for each in") :])
     assert len(faults) >= 6 and {stage for _, stage in faults} == {"0", "1", "2", "3"}
-    for kind, _ in faults:
+    last = re.findall(r'last="(\w+) (\d)"', text)  # where a link can be delayed, or else
+    assert sorted(last) == [("delay", "2"), ("kill", "2")] and '"$last"; do' in text
+    for kind, _ in [*faults, *last]:
         assert f"{kind}_stage() {{" in text
 
 
