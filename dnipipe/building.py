@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from dnipipe import inputs, optim, predictors, split
+from dnipipe import inputs, kinds, optim, split
 from dnipipe.beside import Beside, beside
 from dnipipe.config import Config, phases
 from dnipipe.costs import work_of
@@ -234,7 +234,7 @@ def _learner(job: Job, edge: Edge, seed: int) -> Learner:
     """A new predictor for this edge, on the device, with what teaches it."""
     settings, device = job.config, device_of(job.config)
     torch.manual_seed(seed)
-    predictor = predictors.build(settings.predictor, edge, job.loss)
+    predictor = kinds.build(settings.predictor, edge, job.loss)
     for part in predictor.children():
         round_off(part, settings.pipeline, device, guesses=True)
     lessons = Replay(settings.predictor.replay, settings.predictor.steps)

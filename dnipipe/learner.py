@@ -53,7 +53,7 @@ class Learner:
         if not self.careful or finite(h.grad):
             self.adam.step()
         self.adam.zero_grad()
-        return h.grad
+        return self.predictor.completed(h.detach(), y, h.grad)
 
     def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
         """What the gradient g that arrived for h (both (B, D...)) teaches."""

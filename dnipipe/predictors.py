@@ -3,6 +3,7 @@
     Regression   linear, mlp, conv: the paper's (arXiv:1608.05343). The net's output is the gradient itself; its last
                  layer starts at zero, so at first no gradient is guessed. Conditioned on the labels it is cDNI.
     VFBN         a virtual forward-backward network (Miyato et al. 2017): ĝ = ∂/∂h loss(A(h), y), A a small head.
+    Completed    VFBN's, and what a Regression makes of h, y and that: what the head misses of what arrives.
 
 Units. On the wire and in `predict`, a gradient is d(mean loss over the batch)/d(element of h). Inside, predictors work
 per loss term: N·g, N = the number of loss terms in the batch, so that a target does not shrink with the batch size.
@@ -22,11 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnipipe.config import Predictor as Settings
-from dnipipe.errors import ConfigError
-from dnipipe.heads import Attention, Pool, Residual, Scores, Similarity
+from dnipipe.heads import Scores, Similarity
 from dnipipe.lessons import Distance, rows
-from dnipipe.nets import convolutions, dense
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> mean loss over the batch, 0-dim
 
@@ -69,6 +67,10 @@ class Predictor(nn.Module, ABC):
     def own_loss(self, h: Tensor, y: Tensor) -> Tensor | None:
         """What to minimise at once, 0-dim, and what ĝ is the gradient of at h; None: it has none, and `predict`s."""
         return None
+
+    def completed(self, h: Tensor, y: Tensor, own: Tensor) -> Tensor:
+        """ĝ, of the gradient of its own loss at h; all of h's shape, detached, in the wire's unit."""
+        return own
 
     def loss(self, h: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """What to minimise, 0-dim: distance to the gradient g that arrived."""
@@ -137,7 +139,7 @@ class Regression(Predictor):
         seen = h if self.labels is None else self.labels(h, y)
         if h.dim() == 4:
             return cast(Tensor, self.net(seen)) * self.distance.scale
-        return cast(Tensor, self.net(seen.flatten(0, -2))).view_as(h) * self.distance.scale
+        return cast(Tensor, self.net(seen.flatten(0, -2))).view(*h.shape[:-1], -1) * self.distance.scale
 
     @torch.no_grad()
     def predict(self, h: Tensor, y: Tensor) -> Tensor:
@@ -194,113 +196,29 @@ class VFBN(Predictor):
         return loss_terms(y) * predicted
 
 
-# -- the registry ------------------------------------------------------------------------------------------------
+class Completed(VFBN):
+    """ĝ = ∂/∂h loss(A(h), y) + C(h, y, ∂/∂h loss(A(h), y)).
 
+    The head A learns from its own loss alone, at once; C, zero at first, learns what the gradients that arrive have
+    beyond the head's, when they do. So nothing needs a second derivative.
 
-def build(settings: Settings, edge: Edge, loss: Loss) -> Predictor:
-    """The predictor that the settings name, for this edge. Raises ConfigError where kind and activation do not fit."""
-    return KINDS[settings.name](settings, edge, loss)
+    Args: beyond, C; the others are VFBN's.
+    """
 
+    def __init__(self, vfbn: VFBN, beyond: Regression) -> None:
+        similarity = (vfbn.similarity, vfbn.share) if vfbn.similarity else None
+        super().__init__(vfbn.head, vfbn.task_loss, vfbn.matching, vfbn.scores, similarity, vfbn.distance)
+        self.beyond = beyond
 
-def _linear(settings: Settings, edge: Edge, loss: Loss) -> Regression:
-    if settings.hidden > 0:
-        raise ConfigError(
-            f"predictor.hidden = {settings.hidden} with predictor.name = linear: use predictor.name = mlp"
-        )
-    return _regression(settings, edge, hidden=0)
+    def terms(self, h: Tensor, y: Tensor) -> Tensor:
+        h = h.detach().requires_grad_()
+        (own,) = torch.autograd.grad(self.own_loss(h, y), h)
+        own = loss_terms(y) * own
+        return own + self._beyond(h.detach(), y, own)
 
+    @torch.no_grad()
+    def completed(self, h: Tensor, y: Tensor, own: Tensor) -> Tensor:
+        return own + self._beyond(h, y, loss_terms(y) * own) / loss_terms(y)
 
-def _mlp(settings: Settings, edge: Edge, loss: Loss) -> Regression:
-    return _regression(settings, edge, hidden=1 if settings.hidden < 0 else settings.hidden)
-
-
-def _regression(settings: Settings, edge: Edge, hidden: int) -> Regression:
-    if len(edge.h) not in (2, 3):
-        raise ConfigError(
-            f"predictor.name = {settings.name} cannot guess for an activation of shape {edge.h}: "
-            "use predictor.name = conv (images) or vfbn (any)"
-        )
-    labels, features = _labels(settings, edge), edge.h[-1]
-    seen = features + (labels.features if labels else 0)
-    return Regression(dense(seen, features, hidden, settings.width or 4 * features), labels, _distance(settings))
-
-
-def _conv(settings: Settings, edge: Edge, loss: Loss) -> Regression:
-    if len(edge.h) != 4:
-        raise ConfigError(
-            f"predictor.name = conv needs an activation (B, C, H, W), but it has shape {edge.h}: "
-            "use predictor.name = mlp, or vfbn (any)"
-        )
-    labels, channels = _labels(settings, edge), edge.h[1]
-    seen = channels + (labels.features if labels else 0)
-    hidden = 2 if settings.hidden < 0 else settings.hidden
-    net = convolutions(seen, channels, hidden, settings.width or channels)
-    return Regression(net, labels, _distance(settings))
-
-
-def _labels(settings: Settings, edge: Edge) -> Labels | None:
-    if not settings.condition:
-        return None
-    if edge.classes is None or not (edge.per_token or len(edge.y) == 1):
-        raise ConfigError(
-            f"predictor.condition = true needs class labels, one a sample or one a token, but the labels have shape "
-            f"{edge.y}{'' if edge.classes else ' and are no classes'}: use predictor.name = vfbn, or condition = false"
-        )
-    return Labels(edge)
-
-
-def _vfbn(settings: Settings, edge: Edge, loss: Loss) -> VFBN:
-    pointwise = len(edge.output) == len(edge.h) and edge.output[1:-1] == edge.h[1:-1]
-    if not pointwise and len(edge.output) != 2:
-        raise ConfigError(
-            f"predictor.name = vfbn cannot guess the model's output {edge.output} from an activation {edge.h}: "
-            "cut elsewhere, or use predictor.name = linear, mlp or conv"
-        )
-    features = 4 * edge.h[1] if len(edge.h) == 4 and not pointwise else edge.h[-1]
-    layers: list[nn.Module] = []
-    if settings.attention:
-        layers.append(_attention(settings, edge))
-    if not pointwise:
-        layers.append(Pool(len(edge.h)))
-    layers += [Residual(features, settings.width or 4 * features) for _ in range(max(settings.hidden, 0))]
-    similarity = (_similarity(edge, features), settings.similarity) if settings.similarity else None
-    classes = edge.output[-1]
-    if 0 < settings.sampled < classes:
-        if edge.classes is None:
-            raise ConfigError(
-                f"predictor.sampled = {settings.sampled}, but the labels are no classes: leave predictor.sampled at 0"
-            )
-        scores = Scores(features, classes, settings.sampled)
-        return VFBN(nn.Sequential(*layers), loss, settings.matching, scores, similarity, _distance(settings))
-    head = nn.Sequential(*layers, nn.Linear(features, classes))
-    return VFBN(head, loss, settings.matching, None, similarity, _distance(settings))
-
-
-def _distance(settings: Settings) -> Distance:
-    return Distance(settings.normalise, settings.cosine)
-
-
-def _attention(settings: Settings, edge: Edge) -> Attention:
-    if len(edge.h) != 3 or edge.h[-1] % settings.attention:
-        raise ConfigError(
-            f"predictor.attention = {settings.attention} needs an activation (B, T, D) with D a multiple of it, but it "
-            f"has shape {edge.h}: set predictor.attention = 0"
-        )
-    return Attention(edge.h[-1], settings.attention)
-
-
-def _similarity(edge: Edge, features: int) -> Similarity:
-    if edge.classes is None or not (edge.per_token or (len(edge.h) == 2 and len(edge.y) == 1)):
-        raise ConfigError(
-            f"predictor.similarity needs rows with a class each, but h has shape {edge.h} and the labels {edge.y}"
-            f"{'' if edge.classes else ', which are no classes'}: set predictor.similarity = 0"
-        )
-    return Similarity(features, edge.classes)
-
-
-KINDS: dict[str, Callable[[Settings, Edge, Loss], Predictor]] = {
-    "linear": _linear,
-    "mlp": _mlp,
-    "conv": _conv,
-    "vfbn": _vfbn,
-}
+    def _beyond(self, h: Tensor, y: Tensor, own: Tensor) -> Tensor:
+        return self.beyond.terms(torch.cat([h, own], dim=1 if h.dim() == 4 else -1), y)

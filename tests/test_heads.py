@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.heads import Attention, Scores, Similarity
+from dnipipe.kinds import build
 from dnipipe.learner import Learner
 from dnipipe.models import Block, cross_entropy
-from dnipipe.predictors import VFBN, Edge, build
+from dnipipe.predictors import VFBN, Edge
 
 # -- attention ---------------------------------------------------------------------------------------------------
 

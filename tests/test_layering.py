@@ -31,7 +31,8 @@ MAY = {
     "heads": "",
     "lessons": "",
     "nets": "",
-    "predictors": "config errors heads lessons nets",
+    "predictors": "heads lessons",
+    "kinds": "config errors heads lessons nets predictors",
     "trust": "",
     "optim": "config errors",
     "finite": "",
@@ -69,9 +70,9 @@ MAY = {
     "measured": "messages metrics tracing transport",
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
-    "building": "beside config costs data errors execution gradient_rules inputs last_stage learner lessons metrics "
-    "optim phases predictors randomness sometimes split stage staging started stash sync transport turns unlocked "
-    "window wire",
+    "building": "beside config costs data errors execution gradient_rules inputs kinds last_stage learner lessons "
+    "metrics optim phases predictors randomness sometimes split stage staging started stash sync transport turns "
+    "unlocked window wire",
     "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
     "agreement": "building checkpoint config data disk errors folders split",

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
+from dnipipe.kinds import build
 from dnipipe.learner import Learner
 from dnipipe.lessons import MEMORY, Distance, Replay, rows
-from dnipipe.predictors import build, loss_terms
+from dnipipe.predictors import loss_terms
 from tests.test_predictors import IMAGES, SAMPLES, SEQUENCE, TOKENS, VALUES, example, loss
 
 

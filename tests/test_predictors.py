@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
+from dnipipe.kinds import build
 from dnipipe.learner import Learner
-from dnipipe.predictors import VFBN, Edge, build, class_axis, loss_terms
+from dnipipe.predictors import VFBN, Completed, Edge, class_axis, loss_terms
 from tests.conftest import blobs
 
 SAMPLES = Edge((6, 8), (6,), (6, 3), 3)
@@ -43,6 +44,8 @@ EVERY = [
     (Settings(name="vfbn", attention=4), SEQUENCE),
     *((Settings(name="vfbn", sampled=4, hidden=n), TOKENS) for n in (0, 1)),
     *((Settings(name="vfbn", similarity=0.9), e) for e in (SAMPLES, TOKENS)),
+    *((Settings(name="vfbn", residual=True), e) for e in (SAMPLES, TOKENS, SEQUENCE, IMAGES)),
+    (Settings(name="vfbn", residual=True, condition=False), VALUES),
     (Settings(name="linear", condition=False), VALUES),
 ]
 
@@ -120,6 +123,23 @@ def test_vfbn_learns_from_what_arrives_only_how_far_off_it_was() -> None:
     assert all(torch.equal(p, was) for p, was in zip(deaf.parameters(), before, strict=True))
 
 
+def test_what_stands_beside_a_head_begins_at_zero_and_learns_what_the_head_misses() -> None:
+    """The head learns from its own loss alone, and so stays what it is when gradients arrive."""
+    torch.manual_seed(0)
+    predictor = build(Settings(name="vfbn", residual=True, matching=1.0), SAMPLES, loss)
+    assert isinstance(predictor, Completed)
+    h, y = example(SAMPLES)
+    own = h.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(predictor.own_loss(own, y), own)
+    torch.testing.assert_close(Learner(predictor, 0.0).guess(h, y), expected)
+    learner, missed = Learner(predictor, 1e-2), torch.randn(8) / 6
+    head = [p.detach().clone() for p in predictor.head.parameters()]
+    for _ in range(300):
+        learner.learn(h, y, expected + missed)
+    assert all(torch.equal(p, was) for p, was in zip(predictor.head.parameters(), head, strict=True))
+    torch.testing.assert_close(Learner(predictor, 0.0).guess(h, y), expected + missed, atol=2e-2, rtol=0)
+
+
 def frozen(settings: Settings) -> float:
     """Cosine between guess and truth on fresh batches, after learning from a frozen network's true gradients."""
     torch.manual_seed(0)
@@ -164,6 +184,11 @@ def test_without_labels_it_cannot_be_found() -> None:
         (Settings(name="vfbn", attention=3), TOKENS, r"attention = 3 needs .* D a multiple of it, .*\(2, 5, 8\)"),
         (Settings(name="vfbn", attention=2), SAMPLES, r"needs an activation \(B, T, D\)"),
         (Settings(name="vfbn", sampled=1), VALUES, "labels are no classes: leave predictor.sampled at 0"),
+        (
+            Settings(name="vfbn", residual=True, matching=0.0),
+            SAMPLES,
+            "nothing would teach it .*; set predictor.matching = 1",
+        ),
         (Settings(name="vfbn", similarity=0.5), IMAGES, "needs rows with a class each"),
         (Settings(name="vfbn", similarity=0.5), VALUES, "are no classes: set predictor.similarity = 0"),
         (Settings(name="vfbn"), Edge((6, 8), (6, 4, 4), (6, 3, 4, 4), 3), "vfbn cannot guess"),

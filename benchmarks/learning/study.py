@@ -77,6 +77,7 @@ LESSONS = {  # synthetic with another lesson for its head (dnipipe/lessons.py): 
     "synthetic-quarter": ("--predictor.rows", "0.25"),
     "synthetic-steps-2": ("--predictor.steps", "2"),
     "synthetic-replay-4": ("--predictor.replay", "4"),
+    "synthetic-residual": ("--predictor.residual", "true"),
     "synthetic-lr-1e-3": ("--predictor.lr", "1e-3"),
     "synthetic-lr-1e-2": ("--predictor.lr", "1e-2"),
 }

@@ -144,6 +144,10 @@ class Predictor:
     similarity: float = setting(
         0.0, "vfbn: share of the similarity loss in its own loss (predsim, with rule.name = local)", low=0.0, high=1.0
     )
+    residual: bool = setting(
+        False,
+        "vfbn: its own loss alone teaches the head; a small net beside it guesses what arriving gradients have beyond",
+    )
     matching: float = setting(0.1, "vfbn: weight of the squared distance to the arriving gradient", low=0.0)
     normalise: bool = setting(False, "measure that distance by the running size of what arrives")
     cosine: float = setting(

@@ -72,6 +72,7 @@ def test_every_rule_has_the_same_budget(tmp_path: Path) -> None:
                 {"predictor.rows": 0.25},
                 {"predictor.steps": 2},
                 {"predictor.replay": 4},
+                {"predictor.residual": True},
                 {"predictor.lr": 1e-3},
                 {"predictor.lr": 1e-2},
             ],
