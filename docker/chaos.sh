@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-batches=${BATCHES:-2000} long=${LONG:-8} project=dnipipe-chaos limit=600
+batches=${BATCHES:-2000} long=${LONG:-8} project=dnipipe-chaos
+limit=600 # seconds without progress
 export SETTINGS="--train.batches $batches"
 faults=$(mktemp)
 if docker compose version >/dev/null 2>&1; then program=(docker compose); else program=(docker-compose); fi
@@ -49,19 +50,22 @@ fault() { # KIND STAGE: make it, and write down when it began and ended
   echo "{\"fault\": \"$1\", \"stage\": $2, \"begin\": $begin, \"end\": $(date +%s.%N)}" >>"$faults"
 }
 until_trained() { # BATCH: by the last stage, as its ledger says
-  local last=0 end=$((SECONDS + limit))
+  local last=0 before=0 end=$((SECONDS + limit))
   while [ "${last:-0}" -lt "$1" ]; do
-    [ "$SECONDS" -lt "$end" ] || give_up "stage 3 did not come to batch $1 within $limit s"
+    [ "${last:-0}" = "$before" ] || { before=${last:-0} end=$((SECONDS + limit)); }
+    [ "$SECONDS" -lt "$end" ] || give_up "stage 3 has stood at batch $before for $limit s, before batch $1"
     sleep 1
     last=$(docker exec "$(container 3)" tail -n 20 "/runs/$RUN/stage-3/ledger.jsonl" 2>/dev/null |
       sed -n 's/^{"begun": \([0-9]*\),.*/\1/p' | tail -n 1) || true
   done
 }
 until_ended() {
-  local stage end=$((SECONDS + limit))
+  local stage said before="" end=$((SECONDS + limit))
   for stage in 0 1 2 3; do
     until [ "$(docker inspect -f '{{.State.Status}} {{.State.ExitCode}}' "$(compose ps -aq "stage$stage")")" = "exited 0" ]; do
-      [ "$SECONDS" -lt "$end" ] || give_up "stage $stage did not end within $limit s"
+      said=$(compose logs --no-color --tail 1 stage0)
+      [ "$said" = "$before" ] || { before=$said end=$((SECONDS + limit)); }
+      [ "$SECONDS" -lt "$end" ] || give_up "stage $stage did not end, and stage 0 has said nothing new for $limit s"
       sleep 1
     done
   done
