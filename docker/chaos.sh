@@ -12,10 +12,15 @@ cd "$(dirname "$0")"
 batches=${BATCHES:-2000} long=${LONG:-8} project=dnipipe-chaos
 limit=600 # seconds without progress
 export SETTINGS="--train.batches $batches"
-faults=$(mktemp)
+faults=$(mktemp) containers=()
 if docker compose version >/dev/null 2>&1; then program=(docker compose); else program=(docker-compose); fi
 compose() { "${program[@]}" -p "$project" -f compose.yaml "$@"; }
-container() { compose ps -q "stage$1"; }
+start() { # RUN; whose containers keep their ids, though their engine starts them again
+  local stage
+  export RUN=$1 && compose up -d
+  for stage in 0 1 2 3; do containers[stage]=$(compose ps -aq "stage$stage"); done
+}
+container() { echo "${containers[$1]}"; }
 finish() { rm -f "$faults"; compose down --timeout 5 >/dev/null 2>&1; }
 trap finish EXIT
 
@@ -62,8 +67,8 @@ until_trained() { # BATCH: by the last stage, as its ledger says
 until_ended() {
   local stage said before="" end=$((SECONDS + limit))
   for stage in 0 1 2 3; do
-    until [ "$(docker inspect -f '{{.State.Status}} {{.State.ExitCode}}' "$(compose ps -aq "stage$stage")")" = "exited 0" ]; do
-      said=$(compose logs --no-color --tail 1 stage0)
+    until [ "$(docker inspect -f '{{.State.Status}} {{.State.ExitCode}}' "$(container "$stage")")" = "exited 0" ]; do
+      said=$(docker logs --tail 1 "$(container 0)" 2>&1)
       [ "$said" = "$before" ] || { before=$said end=$((SECONDS + limit)); }
       [ "$SECONDS" -lt "$end" ] || give_up "stage $stage did not end, and stage 0 has said nothing new for $limit s"
       sleep 1
@@ -78,13 +83,11 @@ give_up() {
 }
 
 compose down --volumes >/dev/null 2>&1
-export RUN=undisturbed
-compose up -d
+start undisturbed
 until_ended
 compose down >/dev/null 2>&1
 
-export RUN=disturbed
-compose up -d
+start disturbed
 last="kill 2"
 if can_delay; then last="delay 2"; else echo "fault   delay: not on this host (root, tc, nsenter and the kernel's sch_netem); a kill instead"; fi
 number=0
