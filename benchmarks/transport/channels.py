@@ -25,8 +25,8 @@ from torch.distributed import FileStore, PrefixStore, ProcessGroupGloo, Store, W
 from dnipipe.messages import Gradient
 from dnipipe.transport import Side
 from dnipipe.transport.apart import choose_interface
-from dnipipe.transport.edge import options
 from dnipipe.transport.gloo import INTERFACE, GlooTransport
+from dnipipe.transport.limits import options
 from dnipipe.transport.zmq import ZmqTransport
 
 WINDOW = 8  # tensors under way

@@ -101,6 +101,7 @@ class Links(ZmqTransport):
     def _open(self, side: Side, address: str) -> Edge:
         edge = super()._open(side, address)
         edge.grace = GRACE
+        self._bonds[side].introduced = time.monotonic()
         return edge
 
     # -- neighbours --------------------------------------------------------------------------------------------
@@ -251,10 +252,11 @@ class Links(ZmqTransport):
         elif time.monotonic() > bond.introduced + AGAIN:
             if edge.connected:
                 self._introduce(side, anew=False)
-            elif edge.refused and not bond.up:
+            elif side is Side.PREVIOUS and not bond.up and (edge.refused or not edge.open):
                 bond.introduced = time.monotonic()
-                self.dropped.note("not let in there", edge.refused)
-                edge.dial()
+                if edge.refused:
+                    self.dropped.note("not let in there", edge.refused)
+                edge.dial()  # behind bytes that are none of its own libzmq does not try again by itself
 
     def _is_next(self, edge: Edge, header: Header) -> bool:
         """Whether this is the next message of this connection; a Link is answered. Raises MessageError."""
@@ -267,8 +269,7 @@ class Links(ZmqTransport):
         if not edge.token or header.run != edge.token:
             self.dropped["an older connection's message"] += 1
             return False
-        if header.seq != edge.received + len(edge.kept):
-            self.dropped["behind a gap"] += 1
+        if edge.ahead(header.seq):
             self.give_up(side, f"messages of {edge.name} were lost on the way{edge.dropped_so_far()}")
             return False
         bond, now = self._bonds[side], time.monotonic()

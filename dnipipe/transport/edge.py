@@ -17,7 +17,7 @@ from typing import NoReturn
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dnipipe.codec import FRAME_LIMIT, HEADER_LIMIT, Frame, Header, checksum
+from dnipipe.codec import FRAME_LIMIT, Frame, Header, checksum
 from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
 from dnipipe.socket_file import SocketFile
@@ -25,6 +25,7 @@ from dnipipe.transport import Side
 from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
 from dnipipe.transport.dropped import Dropped
+from dnipipe.transport.limits import options
 
 # Seconds without a connection after which a neighbour is lost. A closed socket file never comes back; the moment is for
 # what libzmq has read but not yet handed over when it reports the end.
@@ -35,34 +36,12 @@ GRACE = {"ipc": 0.05, "tcp": 2.0}
 HASTE = 100
 
 OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
-FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+# Not also EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq (4.3.5) sends it, too, of a message that CURVE finds changed on the
+# way, or repeated, and forgets over it to end the connection. It reads nothing more there, or aborts.
+FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 EVENTS = OPENED | FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 
-
-def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) -> dict[zmq.SocketOption, int]:
-    """Every option that decides about memory, waiting or strangers; ZeroMQ's own value after each reason."""
-    table = {
-        zmq.SNDHWM: queue,  # messages held for a neighbour that is slow; then send waits (1000)
-        zmq.RCVHWM: queue,  # messages held for us (1000)
-        zmq.MAXMSGSIZE: max(max_message, HEADER_LIMIT),  # bytes a frame may make us reserve (no limit)
-        zmq.LINGER: int(1000 * linger),  # ms in which close delivers what was sent (for ever)
-        zmq.HANDSHAKE_IVL: 2000,  # ms until a silent connection is closed, or strangers use up our files (30000)
-        zmq.RECONNECT_IVL: 100,  # ms before the first try to connect again (100)
-        zmq.RECONNECT_IVL_MAX: 500,  # ms, to which it doubles; who comes back is not kept waiting (no doubling)
-        zmq.IMMEDIATE: 0,  # 1 would, when the neighbour closes, discard what it sent and we have not read yet (0)
-        zmq.SNDTIMEO: 1000,  # ms: our calls do not wait, we poll; a mistake must not hang (for ever)
-        zmq.RCVTIMEO: 1000,  # ms, likewise (for ever)
-        zmq.BACKLOG: 8,  # connections waiting to be accepted: there is one neighbour (100)
-        zmq.IPV6: int(ipv6),  # off unless the address is one: else "localhost" may be two addresses (0)
-    }
-    if tcp:  # a socket file's other end cannot vanish without a trace
-        table |= {
-            zmq.HEARTBEAT_IVL: 1000,  # ms between two signs of life (none)
-            zmq.HEARTBEAT_TIMEOUT: 10000,  # ms without one, until the connection counts as broken (IVL)
-            zmq.HEARTBEAT_TTL: 10000,  # ms, the same asked of the neighbour (none)
-        }
-    return table
-
+CAME_BEFORE = "came before"  # a message for the second time: why it is dropped
 
 WATCH_EVERY = 0.02  # seconds
 AHEAD = 2  # messages in front of which gradients wait: the one that is being written, and the next
@@ -111,6 +90,8 @@ class Edge:
         self.last_received: int | None = None
         self.bad: list[str] = []  # what was wrong with the messages dropped since the last good one
         self._connections: set[int] = set()  # file descriptors
+        self._ungreeted = 0  # of the connections: whose handshake is not over
+        self._failed = 0  # how the last handshake did, if libzmq has told it
         self._greeted = False  # a handshake has succeeded
         self._watched = 0.0  # when the monitor was last asked
         scheme = endpoint.partition("://")[0]
@@ -165,7 +146,7 @@ class Edge:
         (self.bind if binds else self.dial)()
         self._connections.clear()
         self.bad.clear()
-        self._greeted, self.deadline = False, None
+        self._greeted, self.deadline, self._ungreeted = False, None, 0
 
     # -- messages ----------------------------------------------------------------------------------------------
 
@@ -230,15 +211,21 @@ class Edge:
         self.bad.clear()
         self.last_received = getattr(message, "batch", self.last_received)
 
+    def ahead(self, seq: int) -> int:
+        """How many messages are missing before message `seq`; below 0: it came before. Unless 0 it is counted."""
+        ahead = seq - self.received - len(self.kept)
+        if ahead:
+            self.dropped["behind a gap" if ahead > 0 else CAME_BEFORE] += 1
+        return ahead
+
     def check_order(self, seq: int) -> None:
         """Raises PeerLost, now and ever after, if message `seq` is not the next one."""
-        expected = self.received + len(self.kept)
-        if seq > expected:
-            self.torn = True
-            self.lose(f"{seq - expected} messages of {self.name} were lost on the way{self.dropped_so_far()}")
-        if seq < expected:
-            self.torn = True
-            self.lose(f"{self.name} was started again, it counts from {seq}")
+        if not (ahead := self.ahead(seq)):
+            return
+        self.torn = True
+        if ahead > 0:
+            self.lose(f"{ahead} messages of {self.name} were lost on the way{self.dropped_so_far()}")
+        self.lose(f"{self.name} was started again, it counts from {seq}, or somebody repeats what it said")
 
     def dropped_so_far(self) -> str:
         """What may explain a gap."""
@@ -259,30 +246,41 @@ class Edge:
             kind, descriptor = event["event"], event["value"]
             if kind & OPENED:
                 self._connections.add(descriptor)
+                self._ungreeted += 1
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._greeted, self.deadline, self.held_back = True, None, False
+                self._ungreeted -= 1
                 self.handshakes += 1
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._connections.discard(descriptor)
+                if self._ungreeted:  # the neighbour's own connection may be the one; then the next end makes up for it
+                    self._ungreeted -= 1
+                    self._not_let_in()
                 if self._greeted and not self._connections and self.deadline is None:
                     self.deadline = time.monotonic() + self.grace
             elif kind & FAILED:
-                self._not_let_in(kind)
+                self._failed = kind
 
-    def _not_let_in(self, kind: int) -> None:
+    def _not_let_in(self) -> None:
         """A handshake failed. Who binds goes on: it was a stranger. Who connects may have to try another key."""
+        kind, self._failed = self._failed, 0
         if self.side is Side.NEXT:
             self.dropped["handshake failed"] += 1
         elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.refused = f"{self.name} does not accept this stage's key: copy its public file there"
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        elif not kind:
             self.refused = f"{self.name} has keys and this stage has none, or the other way round (security.keys)"
         elif self.lock and self.lock.another():
             self.dial()
 
     @property
+    def open(self) -> bool:
+        """Whether there is a connection, greeted or not."""
+        return bool(self._connections)
+
+    @property
     def connected(self) -> bool:
-        return self._greeted and bool(self._connections)
+        return self._greeted and self.open
 
     def check(self) -> None:
         """Raises PeerLost if the neighbour is gone. For `receive`: after nothing more was there to get."""

@@ -1,22 +1,24 @@
-"""Stages with keys, strangers without, and a cable that flips bits."""
+"""Stages with keys, and strangers without."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.relay import Recorder, free_port
 from dnipipe import keys
 from dnipipe.keys import KeyRing
+from dnipipe.messages import Gradient
+from dnipipe.service.links import Links
 from dnipipe.transport import edge
 from dnipipe.transport.zmq import ZmqTransport
-from tests.transport.conftest import WAIT
-from tests.transport.relay import Relay
+from tests.service.test_links import Pair, activation
+from tests.transport.conftest import NEXT, PREVIOUS, WAIT
 
 
 class Party:
@@ -61,18 +63,25 @@ def party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Party]:
         yield made
 
 
-class Flipper(Relay):
-    """A relay that flips one bit of what goes to its target, the one at byte `where`."""
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    with Recorder() as made:
+        yield made
 
-    def __init__(self, where: int, chance: random.Random) -> None:
-        super().__init__()
-        self.left, self.bit, self.flipped = where, 1 << chance.randrange(8), False
 
-    def _forth(self, source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := bytearray(source.recv(65536)):
-                if not self.flipped and self.left < len(data):
-                    data[self.left] ^= self.bit
-                    self.flipped = True
-                self.left -= len(data)
-                target.sendall(data)
+@pytest.fixture
+def between(tmp_path: Path, recorder: Recorder, locked: bool) -> Iterator[Pair]:
+    """Independent stages 0 and 1, and the recorder between them."""
+    if locked:
+        assert list(keys.new(tmp_path, [0, 1]))
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    made = Pair(endpoint, recorder.start(endpoint), tmp_path if locked else None)
+    yield made
+    for links in made.made:
+        links.close()
+
+
+def say(speaker: Links, *numbers: int) -> None:
+    for k in numbers:
+        to, message = (NEXT, activation(k)) if speaker.stage == 0 else (PREVIOUS, Gradient(k, torch.ones(2, 3)))
+        speaker.send(to, message)

@@ -13,6 +13,7 @@ import torch
 import zmq
 
 from dnipipe.errors import HandshakeError, MessageError, Replaced
+from dnipipe.keys import KeyRing
 from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.service.links import Gone, Links, Up
 from dnipipe.transport import Side
@@ -23,24 +24,29 @@ LIMIT = 20.0  # seconds, for a machine that is busy
 
 
 class Pair:
-    """Stages 0 and 1, and whoever else is made; `said` is what happened to each, `got` what it received."""
+    """Stages 0 and 1, and whoever else is made; `said` is what happened to each, `got` what it received.
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
+    `way` is where stage 1 connects, if somebody sits between; `keys` a folder of theirs, if they have any.
+    """
+
+    def __init__(self, endpoint: str, way: str = "", keys: Path | None = None) -> None:
+        self.endpoint, self.way, self.keys = endpoint, way or endpoint, keys
         self.made: list[Links] = []
         self.said: dict[Links, list[Gone | Up]] = {}
         self.got: dict[Links, list[Message]] = {}
         self.settings = ("rule.name=local",)
 
     def stage(self, k: int, incarnation: int = 1, run: str = "r", spare: int = 0) -> Links:
-        links = Links(k, 2, incarnation, self.settings, queue=64, timeout=LIMIT, max_message=2**20, spare=spare)
+        ring = KeyRing(self.keys, k) if self.keys else None
+        options = {"queue": 64, "timeout": LIMIT, "max_message": 2**20, "spare": spare, "ring": ring}
+        links = Links(k, 2, incarnation, self.settings, **options)
         links.run_id = run
         self.made.append(links)
         self.said[links], self.got[links] = [], []
         if k == 0:
             links.listen(self.endpoint)
         else:
-            links.connect(self.endpoint)
+            links.connect(self.way)
         return links
 
     def until(self, happens: Callable[[], bool], among: Sequence[Links]) -> None:

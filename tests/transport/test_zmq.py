@@ -17,13 +17,13 @@ import torch
 import zmq
 
 from benchmarks.fuzz.targets import alike
+from benchmarks.relay import Relay, free_port
 from dnipipe import codec
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
 from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Stop
 from dnipipe.metrics import Clock
 from dnipipe.transport.zmq import BAD_LIMIT, ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Zmq, assert_lost, batches, take
-from tests.transport.relay import Relay, free_port
 
 
 def test_the_neighbour_may_be_late(zeromq: Zmq) -> None:
