@@ -101,7 +101,6 @@ class Links(ZmqTransport):
     def _open(self, side: Side, address: str) -> Edge:
         edge = super()._open(side, address)
         edge.grace = GRACE
-        self._bonds[side].introduced = time.monotonic()
         return edge
 
     # -- neighbours --------------------------------------------------------------------------------------------
@@ -161,7 +160,8 @@ class Links(ZmqTransport):
         me = self.stage, self.stages, self.incarnation, self.run_id, self.settings, self.last
         edge = self._edges[side]
         link = Link(*me, bond.nonce, seen, refused, edge.sent if bond.up else 0)
-        edge.put(edge.seal(codec.encode(link, GREETING, 0)))  # no room: again later
+        for _ in range(max(1, edge.connections)):  # an older process of the neighbour may have one still: to each
+            edge.put(edge.seal(codec.encode(link, GREETING, 0)))  # no room: again later
 
     def _heard_link(self, side: Side, link: Link) -> None:
         """Raises HandshakeError if they do not belong together, Replaced if it knows a newer process of this stage."""
@@ -179,7 +179,10 @@ class Links(ZmqTransport):
             self.dropped["a stage that was replaced"] += 1
             self._say(side, link.nonce, f"incarnation {bond.incarnation} of stage {link.stage} has taken its place")
             return
-        bond.incarnation = link.incarnation
+        newer, bond.incarnation = 0 < bond.incarnation < link.incarnation, link.incarnation
+        if newer and edge.connections > 1:  # the older one has not ended, so half of what is sent would go to it
+            self._cut(edge, f"stage {bond.stage} was started again, and its older process still has its connection")
+            return
         new = bond.theirs is None or bond.theirs.nonce != link.nonce
         if new and bond.up:
             self._lose(side, f"stage {bond.stage} connected anew")
@@ -252,11 +255,11 @@ class Links(ZmqTransport):
         elif time.monotonic() > bond.introduced + AGAIN:
             if edge.connected:
                 self._introduce(side, anew=False)
-            elif side is Side.PREVIOUS and not bond.up and (edge.refused or not edge.open):
+            elif side is Side.PREVIOUS and not bond.up and (edge.refused or edge.idle):
                 bond.introduced = time.monotonic()
                 if edge.refused:
                     self.dropped.note("not let in there", edge.refused)
-                edge.dial()  # behind bytes that are none of its own libzmq does not try again by itself
+                edge.dial()
 
     def _is_next(self, edge: Edge, header: Header) -> bool:
         """Whether this is the next message of this connection; a Link is answered. Raises MessageError."""

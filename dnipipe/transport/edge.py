@@ -39,7 +39,8 @@ OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 # Not also EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq (4.3.5) sends it, too, of a message that CURVE finds changed on the
 # way, or repeated, and forgets over it to end the connection. It reads nothing more there, or aborts.
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-EVENTS = OPENED | FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+TRYING = zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECT_RETRIED
+EVENTS = OPENED | FAILED | TRYING | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 
 CAME_BEFORE = "came before"  # a message for the second time: why it is dropped
 
@@ -90,6 +91,7 @@ class Edge:
         self.last_received: int | None = None
         self.bad: list[str] = []  # what was wrong with the messages dropped since the last good one
         self._connections: set[int] = set()  # file descriptors
+        self.trying = False  # libzmq connects by itself
         self._ungreeted = 0  # of the connections: whose handshake is not over
         self._failed = 0  # how the last handshake did, if libzmq has told it
         self._greeted = False  # a handshake has succeeded
@@ -131,6 +133,7 @@ class Edge:
                 self.refused = f"no key of {self.name} is in {self.lock.ring.folder / 'public'}"
                 return
         self.socket.connect(self.endpoint)
+        self.trying = True
 
     def cut(self) -> None:
         """Every connection ends, with what was not sent within HASTE; whoever may come can come again."""
@@ -253,11 +256,14 @@ class Edge:
                 self.handshakes += 1
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._connections.discard(descriptor)
+                self.trying = False
                 if self._ungreeted:  # the neighbour's own connection may be the one; then the next end makes up for it
                     self._ungreeted -= 1
                     self._not_let_in()
                 if self._greeted and not self._connections and self.deadline is None:
                     self.deadline = time.monotonic() + self.grace
+            elif kind & TRYING:
+                self.trying = True
             elif kind & FAILED:
                 self._failed = kind
 
@@ -274,13 +280,18 @@ class Edge:
             self.dial()
 
     @property
-    def open(self) -> bool:
-        """Whether there is a connection, greeted or not."""
-        return bool(self._connections)
+    def connections(self) -> int:
+        """How many there are. Of several, libzmq sends each message to the next in turn."""
+        return len(self._connections)
 
     @property
     def connected(self) -> bool:
-        return self._greeted and self.open
+        return self._greeted and bool(self._connections)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no connection, and none is tried: behind bytes that are none of its own libzmq gives up."""
+        return not self._connections and not self.trying
 
     def check(self) -> None:
         """Raises PeerLost if the neighbour is gone. For `receive`: after nothing more was there to get."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from tests.service.conftest import Services
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 Make = Callable[..., Services]
+FENCED = re.compile("has taken its place|a newer process writes")  # what it looks at first is chance
 
 
 def exact(run: Services) -> None:
@@ -148,7 +150,10 @@ def test_a_stage_whose_folder_was_removed_begins_anew_in_the_same_run(services: 
     assert [run.supervisors[k].poll() for k in range(3)] == [None] * 3
 
 
-def test_a_second_process_takes_the_place_of_the_first_at_a_socket_file_too(services: Make) -> None:
+def test_a_second_process_takes_the_place_of_the_first_at_a_socket_file_and_of_one_that_is_stopped(
+    services: Make,
+) -> None:
+    """The last stage listens nowhere, so that a newer process can begin while an older one still has its connection."""
     run = services(100_000, "unguided_batches = 100000", files=True)
     run.start(0, 1, 2)
     run.until_trained(2, 50)
@@ -157,5 +162,17 @@ def test_a_second_process_takes_the_place_of_the_first_at_a_socket_file_too(serv
     run.until("the older process ends", lambda: older.poll() is not None)
     assert older.returncode == 0 and "has taken its place" in run.said[1].read_text()
     run.until_trained(2, run.account(1).last + 20)
-    exact(run)
     assert run.supervisors[1].poll() is None
+    stopped, older = run.pid(2), run.supervisors.pop(2)
+    run.supervisors[-2] = older
+    os.kill(stopped, signal.SIGSTOP)
+    before = run.account(2).last
+    run.start(2)
+    run.until_trained(2, before + 20)
+    assert not FENCED.search(run.said[2].read_text())
+    os.kill(stopped, signal.SIGCONT)
+    run.until("the one that was stopped ends", lambda: older.poll() is not None)
+    assert older.returncode == 0 and FENCED.search(run.said[2].read_text())
+    run.until_trained(2, run.account(1).last + 20)
+    exact(run)
+    assert run.supervisors[2].poll() is None
