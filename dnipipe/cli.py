@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dnipipe.children import check_layers, launched
@@ -175,7 +176,9 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
         check_apart(path, run)
     if not options.no_restart:
         command = ["-m", "dnipipe", "stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
-        return supervisor.supervise(command + ["--debug"] * options.debug, options.index, config.service.restarts)
+        stood = partial(place.stood, run, options.index, config.service.hung)
+        command += ["--debug"] * options.debug
+        return supervisor.supervise(command, options.index, config.service.restarts, stood)
     with importing():
         from dnipipe.jobs import job_of
         from dnipipe.process import guarded

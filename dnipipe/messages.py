@@ -133,7 +133,7 @@ class Received:
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """Independent stages: what both say first when a connection is made, and every second (service/links.py)."""
+    """Independent stages: what both say first when a connection is made, and every half second (service/links.py)."""
 
     stage: int  # who speaks
     stages: int  # K

@@ -261,7 +261,7 @@ class Service:
         high=LONGEST,
     )
     hung: float = setting(
-        60.0, "seconds without progress after which a stage's own process ends", low=0.5, high=LONGEST
+        60.0, "seconds, at least, without progress after which a stage's own process ends", low=0.5, high=LONGEST
     )
     save_every: float = setting(30.0, "seconds between two savings of a stage's own state", low=0.1, high=LONGEST)
     restarts: int = setting(20, "times that a stage which died is started again", low=0, local=True)

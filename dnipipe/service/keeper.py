@@ -8,11 +8,13 @@ too long away       who has trained all that it may, and then waited for `patien
 back                stage k tells k+1 the agreement again, and that the run has ended, if it has.
 at the end          a stage stays until stage 0 says farewell: who returns late must find what was already said.
 
-A neighbour that is connected but says nothing, not even the line a second that every loop sends, is taken for hung.
+A neighbour that is connected but says nothing, not even the Link that every loop sends twice a second, is taken for
+hung: by the stage before it and by the one behind it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -36,14 +38,12 @@ from dnipipe.messages import (
 )
 from dnipipe.service.absence import Absence
 from dnipipe.service.ledger import Ledger
+from dnipipe.service.limits import STOOD, TURN, Limit, Pace, of_silence
 from dnipipe.service.links import Gone, Links
 from dnipipe.transport import Side
 from dnipipe.worker import Worker
 
 LOST = torch.empty(0, dtype=torch.float64)  # in the place of an answer that will never come
-HUNG = 4.0  # times the longest of a neighbour's recent silences, after which it is taken for hung
-STOOD = 2.0  # seconds for one turn of the loop, above which it did not listen: a long step, or it was stopped
-TURN = 1.0  # seconds, at most, for which the loop waits before it looks around again
 NEWS = 5.0  # seconds between two lines about a neighbour that stays away
 
 
@@ -60,10 +60,10 @@ class Keeper(Worker):
         total: the last batch id of the run.
         unguided: batches that it trains while the next stage is away. patience: seconds that it waits for a neighbour.
         silence: seconds, at least, after which a connected neighbour that says nothing is taken for hung.
-        hung: seconds after which a process whose loop stands ends itself: no neighbour is silent for longer and well.
+        hung: seconds, at least, after which a process whose loop stands ends itself.
         save_own: writes the stage's own state. save_every: seconds between two.
         over: called when the run has ended for every stage; stage 0 writes the summary.
-        alive: told that the loop goes round. say: takes a line for a person.
+        alive: told that the loop goes round, and how long it may stand. say: takes a line for a person.
     """
 
     limit_name = "service.patience"
@@ -82,7 +82,7 @@ class Keeper(Worker):
         save_own: Callable[[], object],
         over: Callable[[], None],
         save_every: float,
-        alive: Callable[[], None],
+        alive: Callable[[Limit], None],
         say: Callable[[str], None],
         first: tuple[Side, Message] | None = None,
         **options: Any,
@@ -93,7 +93,7 @@ class Keeper(Worker):
         self.silence, self.hung = silence, hung
         self.save_own, self.over, self.save_every, self.alive, self.say = save_own, over, save_every, alive, say
         self.first = first
-        self.absence = Absence(self.index, patience)
+        self.absence, self.pace = Absence(self.index, patience), Pace(hung)
         self.alone = 0  # batches trained since the next stage went away
         self.answers: deque[Message] = deque()  # what the next stage would have said, made here
         self.final_reports: dict[int, Report] = {}
@@ -103,6 +103,7 @@ class Keeper(Worker):
         self._next_save = self._turned + save_every
         self._next_news = 0.0
         links.events.clear()  # what they told is known here
+        links.stood(math.inf)  # nobody listened while the stage was built
         for side in self._neighbours:
             self.absence.gone(side)
             if links.up(side):
@@ -127,12 +128,14 @@ class Keeper(Worker):
 
     def _handle(self, message: Message) -> None:
         self._attend()  # now, while the stage knows exactly what is under way: a send in its middle only notes
+        self.alive(self.pace.limit(type(message)))
         trains = isinstance(message, Activation)
         if isinstance(message, Activation):
             self.ledger.begun(message.batch)
             self.links.last = message.batch
         skipped = dict(self.metrics.skipped)
         super()._handle(message)
+        self.pace.took(type(message), time.monotonic() - self._turned)
         if trains or isinstance(message, Gradient):
             for why, count in self.metrics.skipped.items():
                 if count > skipped.get(why, 0):
@@ -281,7 +284,7 @@ class Keeper(Worker):
             self.absence.stood(stood)
         self.absence.check(self._needed())
         super()._tick()
-        self.alive()
+        self.alive(self.pace.limit())
         if now >= self._next_save:
             self._next_save = now + self.save_every
             self.save_own()
@@ -297,12 +300,12 @@ class Keeper(Worker):
         return [side for side in self._neighbours if not (self.stopping and side is Side.PREVIOUS)]
 
     def _judge(self) -> None:
-        """Whether the next stage hangs."""
-        if self.stage.last or not self.links.up(Side.NEXT):
-            return
-        limit = max(self.silence, min(HUNG * self.links.longest(Side.NEXT), self.hung + TURN))
-        if self.links.quiet(Side.NEXT) > limit:
-            self.links.give_up(Side.NEXT, f"stage {self.index + 1} has said nothing for {limit:.0f} s: it hangs")
+        """Whether a neighbour hangs; at the end of the run, one may stand while it writes what came of it."""
+        for side in self._needed():
+            limit = of_silence(self.silence, self.hung, self.links.longest(side))
+            if self.links.up(side) and self.links.quiet(side) > limit.seconds:
+                stage = self.index + (1 if side is Side.NEXT else -1)
+                self.links.give_up(side, f"stage {stage} has said nothing for {limit}: it hangs")
 
     def _hurry(self, now: float) -> None:
         raise AskedToEnd

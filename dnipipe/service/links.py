@@ -4,7 +4,8 @@
               ◄── Link(nonce b, seen a)  ──       answers the other's, and is up once the other has heard of its own
               ──► Link(nonce a, seen b)  ─►
     up            every message carries both nonces, in the place of a run's token, and is numbered from 0; a Link every
-                  second says how many there were, so that a loss is seen though nothing follows
+                  half second says how many there were, so that a loss is seen though nothing follows, and that the loop
+                  goes round
     gone          the connection ended, a message is missing, bytes are none, or the owner says that nothing moves
 
 So a message of an older connection, or of a process that was replaced, is never taken for a new one's: it is dropped
@@ -14,10 +15,12 @@ that is gone is dropped and counted too: what that means for a batch is the owne
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Union
@@ -27,13 +30,13 @@ from dnipipe.codec import Header
 from dnipipe.errors import HandshakeError, PeerLost, Replaced, WaitTimeout
 from dnipipe.greeting import check_settings
 from dnipipe.messages import PROTOCOL, Link, Message
-from dnipipe.transport import Side
+from dnipipe.service.limits import RECENT
+from dnipipe.transport import AT_EASE, Side
 from dnipipe.transport.edge import Edge
 from dnipipe.transport.zmq import ZmqTransport
 
-RECENT = 100  # silences of a neighbour that are remembered
 GRACE = 0.05  # seconds, over tcp too: a new connection is a new bond in any case, so there is nothing to wait for
-AGAIN = 1.0  # seconds between two Links to a neighbour that is connected
+AGAIN = 0.5  # seconds between two Links to a neighbour that is connected
 GREETING = "link"  # the token of a Link; every other message carries its connection's
 
 
@@ -65,9 +68,14 @@ class _Bond:
     handshakes: int = 0  # of the edge, that were answered with a Link
     introduced: float = 0.0  # when the last Link was sent
     incarnation: int = 0  # the highest that was heard
-    heard: float = 0.0  # when it last said anything but a Link; 0: not yet, on this connection
+    heard: float = 0.0  # when it last said anything; 0: nothing but Links yet, on this connection
     silent_since: float = 0.0  # when it last said anything, if it was given up and its connection stands
     silences: deque[float] = field(default_factory=partial(deque, maxlen=RECENT))  # seconds before each thing it said
+
+    def spoke(self) -> None:
+        now = time.monotonic()
+        self.silences.append(now - (self.heard or now))
+        self.heard = now
 
 
 class Links(ZmqTransport):
@@ -124,8 +132,9 @@ class Links(ZmqTransport):
 
     def stood(self, seconds: float) -> None:
         """This process itself has not listened for so long: that is nobody else's silence."""
+        now = time.monotonic()
         for bond in self._bonds.values():
-            bond.heard += seconds if bond.heard else 0.0
+            bond.heard = min(now, bond.heard + seconds) if bond.heard else 0.0
 
     def give_up(self, side: Side, why: str) -> None:
         """The owner's verdict on a neighbour that is connected: away, until it answers a new Link.
@@ -188,6 +197,8 @@ class Links(ZmqTransport):
             self._lose(side, f"stage {bond.stage} connected anew")
             bond.nonce = secrets.token_hex(8)
         if bond.up:
+            if bond.heard:
+                bond.spoke()
             if link.seen == bond.nonce and (lost := link.sent - edge.received - len(edge.kept)) > 0:
                 self.give_up(side, f"{lost} messages of {edge.name} were lost on the way{edge.dropped_so_far()}")
             return
@@ -236,6 +247,21 @@ class Links(ZmqTransport):
             edge.lost, edge.deadline = "", None
             self.give_up(side, str(error))
 
+    def receive(
+        self, sides: Sequence[Side], timeout: float, waiting: AbstractContextManager[object] = AT_EASE
+    ) -> tuple[Side, Message] | None:
+        got = super().receive(sides, timeout, waiting)
+        for side, bond in self._bonds.items():
+            if bond.heard and side not in sides:  # nobody listened, as while the window is full: that is no silence
+                bond.heard = time.monotonic()
+        return got
+
+    def _poll(self, poller: Any, edges: Iterable[Edge], seconds: float) -> dict[Any, int]:
+        """No longer than until the next Link is due."""
+        connected = [bond for side, bond in self._bonds.items() if bond.up and self._edges[side].connected]
+        due = min((bond.introduced + AGAIN for bond in connected), default=math.inf) - time.monotonic()
+        return super()._poll(poller, edges, min(seconds, due))
+
     def _sound(self, edges: Sequence[Edge]) -> bool:
         for side in self._bonds:
             self._look(side)
@@ -275,9 +301,7 @@ class Links(ZmqTransport):
         if edge.ahead(header.seq):
             self.give_up(side, f"messages of {edge.name} were lost on the way{edge.dropped_so_far()}")
             return False
-        bond, now = self._bonds[side], time.monotonic()
-        bond.silences.append(now - (bond.heard or now))
-        bond.heard = now
+        self._bonds[side].spoke()
         return True
 
     def _away(self, edge: Edge, why: str) -> None:

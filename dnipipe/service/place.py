@@ -3,13 +3,15 @@
 RUN/stage-K/start.json      which start this is, what it is part of (the agreement), whether the run is over
             checkpoints/    its own state, in the form of a run of one stage
             ledger.jsonl    ledger.py
-            alive           touched when its loop comes round: unhealthy()
+            alive           touched when its loop comes round; in it: for how long that may stand, and why so long
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import math
 import os
 import socket
 import time
@@ -21,8 +23,10 @@ from typing import Any
 from dnipipe import socket_file
 from dnipipe.config import Config
 from dnipipe.errors import CheckpointError, ConfigError, Replaced, RunError
+from dnipipe.service.limits import Limit, shown
 
 START = "start.json"
+ALIVE = "alive"
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,13 @@ class Place:
             stage = self.folder.name.replace("-", " ")
             raise Replaced(f"{stage}, incarnation {self.incarnation}, ends: {newest} has taken its place")
 
-    def touch(self) -> None:
-        (self.folder / "alive").touch()
+    def touch(self, limit: Limit) -> None:
+        """Note that the loop goes round, and how long it may stand from now on."""
+        path, text = self.folder / ALIVE, f"{limit.seconds} {limit.source}"
+        path.touch()
+        if path.read_text() != text:
+            with contextlib.suppress(OSError):  # a full disk: who looks takes the setting
+                path.write_text(text)
 
     @staticmethod
     def _write(folder: Path, note: dict[str, Any]) -> None:
@@ -99,18 +108,30 @@ def _checksum(note: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(note, sort_keys=True).encode())
 
 
-def unhealthy(run: Path, stage: int, limit: float) -> str:
-    """Why the stage does not count as healthy; "" if it does: its loop has come round within `limit` seconds.
+def unhealthy(run: Path, stage: int, hung: float) -> str:
+    """Why the stage does not count as healthy; "" if it does: its loop has come round within the limit that it noted.
 
     In one turn the loop takes a message and does all that this asks of it, or waits for one, a second at most. So who
     has something to do and does not get on with it is not healthy, and who only waits for a neighbour is.
+    hung: that limit, if there is no note of it.
     """
-    path = run / f"stage-{stage}" / "alive"
+    path = run / f"stage-{stage}" / ALIVE
+    return stood(run, stage, hung) if path.exists() else f"stage {stage} has not begun: {path} is not there"
+
+
+def stood(run: Path, stage: int, hung: float, most: float = math.inf) -> str:
+    """That the stage's loop has stood for longer than it may; "" if it has not, or for longer than `most` seconds."""
+    path, limit = run / f"stage-{stage}" / ALIVE, Limit(hung, "service.hung")
     try:
         silent = time.time() - path.stat().st_mtime
+        seconds, _, source = path.read_text().partition(" ")
+        limit = Limit(float(seconds), source)
     except FileNotFoundError:
-        return f"stage {stage} has not begun: {path} is not there"
-    return "" if silent < limit else f"stage {stage} has not moved for {silent:.0f} s (service.hung = {limit:g})"
+        return ""
+    except ValueError:  # no note, for the disk was full
+        pass
+    over = limit.seconds <= silent <= most
+    return f"stage {stage} has not moved for {shown(silent)} s, its limit is {limit}" if over else ""
 
 
 def check(config: Config, index: int) -> None:
@@ -185,4 +206,4 @@ def _port_is_free(address: str) -> bool:
     return True
 
 
-__all__ = ["START", "Place", "check", "check_free", "endpoint", "own_endpoint", "unhealthy"]
+__all__ = ["ALIVE", "START", "Place", "check", "check_free", "endpoint", "own_endpoint", "stood", "unhealthy"]

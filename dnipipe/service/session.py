@@ -42,6 +42,7 @@ from dnipipe.metrics import StageMetrics
 from dnipipe.opening import edges_of
 from dnipipe.service.keeper import AskedToEnd, Keeper
 from dnipipe.service.ledger import NAME, Ledger
+from dnipipe.service.limits import Limit
 from dnipipe.service.links import Links, Up
 from dnipipe.service.place import Place, check, check_free, endpoint, own_endpoint
 from dnipipe.service.script import PatientHead
@@ -140,15 +141,17 @@ def _keeping(
 
 
 class _Watch:
-    """Tells that a loop goes round. When it has not for `hung` seconds, stacks are printed and the process ends: in
+    """Tells that a loop goes round. When it has not for as long as it may, stacks are printed and the process ends: in
     a thread of C's own, so also while the interpreter is held. Ends the stage, too, if another process has its place,
     or the one that started it is gone: nobody would end it.
 
-    `every`: seconds, at most, for which a loop may wait. Behind a `with`, what is done may take its time.
+    `waiting`: how long a loop may stand that only waits. `every`: seconds, at most, for which one may wait. Behind a
+    `with`, what is done may take its time.
     """
 
     def __init__(self, place: Place, hung: float, stage: int) -> None:
-        self.place, self.hung, self.stage, self._next = place, hung, stage, 0.0
+        self.place, self.stage, self._next = place, stage, 0.0
+        self.waiting = self._limit = Limit(hung, "service.hung")
         self.every = min(1.0, hung / 4)
         self.parent = os.getppid()
 
@@ -158,16 +161,18 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
-    def alive(self) -> None:
+    def alive(self, limit: Limit) -> None:
+        """The loop goes round, and may stand for so long from now on: a longer limit holds at once."""
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next and limit.seconds <= self._limit.seconds:
             return
         self._next = now + self.every
         if os.getppid() != self.parent:
             raise PeerLost(f"stage {self.stage} ends: the process that started it is gone")
         self.place.check()
-        self.place.touch()
-        faulthandler.dump_traceback_later(self.hung, exit=True)
+        self.place.touch(limit)
+        self._limit = limit
+        faulthandler.dump_traceback_later(limit.seconds, exit=True)
 
 
 def _say(stage: int, line: str) -> None:
@@ -284,7 +289,7 @@ def _turns(links: Links, side: Side, patience: float, watch: _Watch) -> Iterator
     _say(links.stage, f"waiting for stage {other}")
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        watch.alive()
+        watch.alive(watch.waiting)
         yield links.receive([side], watch.every)
     raise WaitTimeout(
         f"stage {links.stage} waited {patience:g} s (service.patience) for stage {other}, which never came: start it"

@@ -1,6 +1,6 @@
 """Keeps one stage running: starts its process, and starts it again when it dies.
 
-crash, kill, hang (the process ends itself)     again, at once; it goes on from its own state
+crash, kill, hang (the process ends itself)     again, at once, and it is said why; it goes on from its own state
 the same within 10 s of its start               again, after 1, 2, 4 … 30 s
 0: the run is over, or another process took its place      ends
 2: a setting must be mended                                 ends, and so does its status
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Event
 from types import FrameType
 
@@ -30,8 +30,13 @@ class _AskedToEnd(Exception):
     """A signal came while no process was there to pass it on to."""
 
 
-def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
-    """Run `command` (arguments of this Python) until it ends for good, at most `restarts` times more; its status."""
+def supervise(
+    command: Sequence[str], stage: int, restarts: int, stood: Callable[[float], str] = lambda lived: ""
+) -> int:
+    """Run `command` (arguments of this Python) until it ends for good, at most `restarts` times more; its status.
+
+    stood: of a process that lived so many seconds: that it hung, "" if it did not.
+    """
     asked = False
     child: subprocess.Popen[bytes] | None = None
 
@@ -53,8 +58,10 @@ def supervise(command: Sequence[str], stage: int, restarts: int) -> int:
             status = child.wait()
             if asked or status in FINAL:
                 return max(0, status)
-            wait = 0.0 if time.monotonic() - began > CALM else wait
-            print(f"stage {stage}: {_cause(status)}; {_next(left, wait)}", file=sys.stderr, flush=True)
+            lived = time.monotonic() - began
+            wait = 0.0 if lived > CALM else wait
+            causes = [cause for cause in (_cause(status), stood(lived)) if cause]
+            print(f"stage {stage}: {'; '.join(causes)}; {_next(left, wait)}", file=sys.stderr, flush=True)
             if left:
                 Event().wait(wait)  # which a signal ends
             wait = min(LONGEST, max(1.0, 2 * wait))

@@ -41,7 +41,7 @@ from dnipipe.transport.dropped import Dropped
 from dnipipe.transport.local import pipeline
 from dnipipe.window import Window
 from tests.conftest import make_stages
-from tests.worker.bench import NEVER, Watched, answer, batches, modules_of, synthetic
+from tests.worker.bench import NEVER, Watched, answer, batches, modules_of, said, synthetic
 
 AGREED = Agreed(torch.tensor([1, 2, 3], dtype=torch.uint8))
 
@@ -73,13 +73,14 @@ class FakeLinks(Watched):
     def last_of(self, side: Side) -> int:
         return 0
 
-    silent = slow = 0.0  # seconds
+    silent = slow = 0.0  # seconds, of who is `judged`
+    judged = Side.NEXT
 
     def quiet(self, side: Side) -> float:
-        return self.silent
+        return self.silent if side is self.judged else 0.0
 
     def longest(self, side: Side) -> float:
-        return self.slow
+        return self.slow if side is self.judged else 0.0
 
     def give_up(self, side: Side, why: str) -> None:
         self.given_up.append(why)
@@ -115,7 +116,8 @@ class Stand:
 
     def __init__(self, folder: Path, unguided: int, first: tuple[Side, Message] | None = None) -> None:
         self.ends = pipeline(3, timeout=30.0)
-        self.links, self.book, self.said = FakeLinks(self.ends[1]), Book(), []  # type: ignore[var-annotated]
+        self.links, self.book = FakeLinks(self.ends[1]), Book()
+        self.said, self.limits = list[str](), list[str]()
         stage = make_stages(modules_of(3), synthetic, partial(torch.optim.SGD, lr=0.1))[1]
         self.log = JsonLines(folder / "stage-1.jsonl")
 
@@ -135,7 +137,7 @@ class Stand:
             save_own=nothing,
             over=lambda: self.links.log.append("over"),
             save_every=NEVER,
-            alive=nothing,
+            alive=lambda limit: self.limits.append(str(limit)),
             say=self.said.append,
             first=first,
             report_every=NEVER,
@@ -178,6 +180,15 @@ def stand(tmp_path: Path) -> Iterator[Callable[[int], Stand]]:
     yield make
     for each in made:
         each.log.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The loop's own, which the test moves."""
+    made = SimpleNamespace(now=time.monotonic())
+    for module in (keeper, worker):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made
 
 
 def gradient(batch: int) -> Gradient:
@@ -299,19 +310,101 @@ def test_silence_is_judged_when_all_that_had_come_is_heard(stand: Callable[[int]
     assert not one.links.up(Side.NEXT)
 
 
-@pytest.mark.parametrize(("slow", "most"), [(0.0, 10.0), (2.0, 10.0), (5.0, 20.0), (20.0, 61.0)])
+@pytest.mark.parametrize(("side", "number"), [(Side.NEXT, 2), (Side.PREVIOUS, 0)])
+@pytest.mark.parametrize(
+    ("slow", "most", "why"),
+    [
+        (0.0, 10.0, "service.silence"),
+        (2.0, 10.0, "service.silence"),
+        (5.0, 20.0, "4 times its longest silence of late, 5 s"),
+        (20.0, 61.0, "service.hung, and 1 s"),
+    ],
+)
 def test_who_was_slow_may_be_so_again_but_not_for_longer_than_a_process_lives(
-    stand: Callable[[int], Stand], slow: float, most: float
+    stand: Callable[[int], Stand], slow: float, most: float, why: str, side: Side, number: int
 ) -> None:
     """A cut of 20 s is no reason to wait 80 s in the next one: a loop that stands for 60 s (hung) ends itself."""
     one = stand(100)
-    one.links.slow = slow
+    one.links.judged, one.links.slow = side, slow
     one.links.silent = most - 0.1
     one.turn(1)
-    assert one.links.up(Side.NEXT)
+    assert one.links.up(side)
     one.links.silent = most + 0.1
     one.turn(1)
-    assert one.links.given_up == [f"stage 2 has said nothing for {most:.0f} s: it hangs"]
+    assert one.links.given_up == [f"stage {number} has said nothing for {most:.0f} s ({why}): it hangs"]
+    one.turn(1)
+    assert one.book.lines[-1][:2] == ("gone", number)
+
+
+def test_at_the_end_nobody_is_judged_from_whom_nothing_more_is_needed(stand: Callable[[int], Stand]) -> None:
+    """Stage 0 writes its summary before its farewell, which would be dropped if it counted as away."""
+    one = stand(100)
+    one.keeper.stopping = True
+    one.links.judged, one.links.silent = Side.PREVIOUS, 1000.0
+    one.turn(2)
+    one.keeper.finished, one.links.judged = True, Side.NEXT
+    one.turn(2)
+    assert one.links.given_up == []
+    one.keeper.finished = False
+    one.turn(1)
+    assert len(one.links.given_up) == 1
+
+
+def test_its_own_limit_follows_what_its_steps_took(stand: Callable[[int], Stand], clock: SimpleNamespace) -> None:
+    """The first one took 70 s, with service.hung = 60."""
+    one = stand(100)
+
+    def slowly(side: Side, message: Message) -> None:
+        clock.now += 70.0 * isinstance(message, Activation)
+
+    one.links.before_send = slowly
+    one.limits.clear()
+    one.previous(*batches(1, 1))
+    one.turn(2)
+    first = "300 s (5 times service.hung, for the first of its kind)"
+    learnt = "280 s (4 times its longest step of late, 70 s)"
+    assert one.limits == ["60 s (service.hung)", first, learnt]
+    one.limits.clear()
+    one.previous(*batches(2, 2), evaluation(1))
+    one.turn(2)
+    assert one.limits == [learnt, learnt, learnt, first]
+
+
+def test_it_says_how_many_batches_are_left_to_train_without_the_next_stage(
+    stand: Callable[[int], Stand], clock: SimpleNamespace
+) -> None:
+    one = stand(4)
+    one.links.goes(Side.NEXT)
+    one.previous(*batches(1, 5))
+    one.turn(1)
+    one.said.clear()
+    for _ in range(12):  # turns of a second
+        clock.now += 1.0
+        one.turn(1)
+    told = "stage 2 is away: {} batches left to train without it".format
+    assert one.said == [told(3), told(1), told(0)]
+    one.links.comes(Side.NEXT)
+    one.turn(1)
+    assert one.said[-1] == "stage 2 is there, after 4 batches without it"
+
+
+def test_who_returns_is_fed_at_once_with_the_newest_batch_and_with_none_from_before(
+    stand: Callable[[int], Stand],
+) -> None:
+    """Nothing is kept for a stage that is away: a queue of length zero that drops the oldest first."""
+    one = stand(100)
+    one.previous(*batches(1, 4))
+    one.turn(2)
+    one.links.goes(Side.NEXT)
+    one.turn(9)
+    assert one.trained() == [1, 2, 3, 4] and one.alone() == [3, 4]
+    while one.ends[2].receive([Side.PREVIOUS], 0.0):  # of the connection that ended
+        pass
+    one.links.comes(Side.NEXT)
+    one.previous(*batches(5, 5))
+    one.turn(2)
+    heard = [got[1] for _ in range(9) if (got := one.ends[2].receive([Side.PREVIOUS], 0.0))]
+    assert [said(each) for each in heard] == ["Agreed", "Activation 5"]
 
 
 def test_that_this_stage_stood_still_itself_is_not_the_other_ones_silence(stand: Callable[[int], Stand]) -> None:
@@ -498,13 +591,10 @@ def test_the_end_waits_for_the_farewell_and_hands_it_on(stand: Callable[[int], S
 
 
 def test_who_comes_back_at_the_end_is_waited_for_as_long_as_ever(
-    stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
+    stand: Callable[..., Stand], clock: SimpleNamespace
 ) -> None:
     """Stage 0 died before its summary; it is back within the limit, evaluates, and dies and comes once more."""
     one = stand(100)
-    clock = SimpleNamespace(now=time.monotonic())
-    for module in (keeper, worker):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def jump(then: Callable[[], object]) -> Callable[[], None]:
         def later() -> None:

@@ -7,6 +7,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import zmq
 from dnipipe.errors import HandshakeError, MessageError, Replaced
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Activation, Gradient, Message
-from dnipipe.service.links import Gone, Links, Up
+from dnipipe.service.links import AGAIN, Gone, Links, Up
 from dnipipe.transport import Side
 from dnipipe.transport.zmq import BAD_LIMIT
 
@@ -246,6 +248,41 @@ def test_silence_is_measured_from_the_first_word_on(pair: Pair) -> None:
     assert upper.longest(NEXT) >= 0.1
 
 
+def test_the_link_that_each_loop_sends_again_and_again_is_a_word(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, so that each hears of the other that its loop goes round."""
+    monkeypatch.setattr("dnipipe.service.links.AGAIN", 0.05)
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_spoken(upper, lower)
+    upper.send(NEXT, activation(1))
+    pair.until(lambda: pair.ids(lower) == [1], [upper, lower])
+    silences = {links: links._bonds[side(links)].silences for links in (upper, lower)}
+    for each in silences.values():
+        each.clear()
+    pair.until(lambda: all(len(each) >= 3 for each in silences.values()), [upper, lower])
+    assert pair.ids(upper) == pair.ids(lower) == [1]
+
+
+def test_a_wait_ends_when_the_next_link_is_due(pair: Pair) -> None:
+    """Or a stage that has nothing to do would be silent for as long as it waits."""
+    upper, lower = pair.stage(0), pair.stage(1)
+    asked: list[int] = []
+    poller: Any = SimpleNamespace(poll=lambda milliseconds: asked.append(milliseconds) or [])
+    lower._poll(poller, [], 5.0)
+    pair.until_up(upper, lower)
+    lower._introduce(PREVIOUS, anew=False)
+    lower._poll(poller, [], 5.0)
+    assert asked[0] == 5000 and asked[1] <= 1000 * AGAIN
+
+
+def test_nor_is_the_time_in_which_nobody_listened_on_that_side(pair: Pair) -> None:
+    """Where the window is full, nothing is taken from the stage before, and so none of its Links."""
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_spoken(upper, lower)
+    before = time.monotonic()
+    upper.receive([], 0.0)
+    assert upper._bonds[NEXT].heard >= before
+
+
 def test_what_this_process_did_not_listen_is_no_silence(pair: Pair) -> None:
     upper, lower = pair.stage(0), pair.stage(1)
     pair.until_spoken(upper, lower)
@@ -253,6 +290,8 @@ def test_what_this_process_did_not_listen_is_no_silence(pair: Pair) -> None:
     time.sleep(0.3)
     upper.stood(0.3)
     assert upper.quiet(NEXT) < quiet + 0.3
+    upper.stood(1e9)  # however long: it has not said anything that is still to come
+    assert upper.quiet(NEXT) >= 0
 
 
 def test_the_silence_of_one_that_was_given_up_and_only_slow_counts(pair: Pair) -> None:

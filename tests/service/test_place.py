@@ -12,7 +12,8 @@ import pytest
 
 from dnipipe.config import build
 from dnipipe.errors import CheckpointError, ConfigError, Replaced, RunError
-from dnipipe.service.place import START, Place, check, check_free, endpoint, own_endpoint, unhealthy
+from dnipipe.service.limits import Limit
+from dnipipe.service.place import ALIVE, START, Place, check, check_free, endpoint, own_endpoint, stood, unhealthy
 from dnipipe.service.supervisor import FINAL
 
 
@@ -96,11 +97,52 @@ def test_a_note_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
 def test_a_stage_is_healthy_while_its_loop_goes_round(tmp_path: Path) -> None:
     assert "has not begun" in unhealthy(tmp_path, 0, 60)
     mine = Place.taken(tmp_path, 0)
-    mine.touch()
+    mine.touch(Limit(60.0, "service.hung"))
     assert unhealthy(tmp_path, 0, 60) == ""
     past = time.time() - 100
-    os.utime(mine.folder / "alive", (past, past))
+    os.utime(mine.folder / ALIVE, (past, past))
     assert "has not moved for 100 s" in unhealthy(tmp_path, 0, 60)
+
+
+@pytest.mark.parametrize(
+    ("note", "why"),
+    [
+        ("80.0 4 times its longest step of late, 20 s", "80 s (4 times its longest step of late, 20 s)"),
+        ("120.0 4 times its longest step of late, 30 s", ""),
+        ("", "60 s (service.hung)"),  # the disk was full
+    ],
+)
+def test_how_long_it_may_stand_is_what_it_has_noted(tmp_path: Path, note: str, why: str) -> None:
+    mine = Place.taken(tmp_path, 0)
+    (mine.folder / ALIVE).write_text(note)
+    past = time.time() - 100
+    os.utime(mine.folder / ALIVE, (past, past))
+    assert unhealthy(tmp_path, 0, 60) == (f"stage 0 has not moved for 100 s, its limit is {why}" if why else "")
+
+
+def test_a_note_on_a_full_disk_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Place.taken(tmp_path, 0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        mine.touch(Limit(80.0, "measured"))
+    assert unhealthy(tmp_path, 0, 60) == ""
+    mine.touch(Limit(80.0, "measured"))
+    assert (mine.folder / ALIVE).read_text() == "80.0 measured"
+
+
+def test_a_process_that_ended_within_its_limit_did_not_hang(tmp_path: Path) -> None:
+    """What it is judged by may be from the process before it."""
+    assert stood(tmp_path, 0, 60) == ""
+    mine = Place.taken(tmp_path, 0)
+    mine.touch(Limit(80.0, "measured"))
+    past = time.time() - 100
+    os.utime(mine.folder / ALIVE, (past, past))
+    assert stood(tmp_path, 0, 60, 90.0) == ""
+    assert stood(tmp_path, 0, 60, 110.0) == "stage 0 has not moved for 100 s, its limit is 80 s (measured)"
 
 
 @pytest.mark.parametrize(

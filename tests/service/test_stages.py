@@ -110,6 +110,7 @@ def test_a_hung_stage_is_missed_and_ends_itself(services: Make) -> None:
     run.until_trained(2, 50)
     run.kill(1, signal.SIGSTOP)
     run.until("stage 0 misses it", lambda: bool(run.account(0).alone))
+    run.until("so does stage 2", lambda: "stage 1 has said nothing for" in run.said[2].read_text())
     run.kill(1, signal.SIGCONT)
     before = run.account(2).last
     run.until_trained(2, before + 50)

@@ -53,6 +53,19 @@ def test_a_status_that_is_final_ends_it(tmp_path: Path, waits: list[float], stat
     assert starts(tmp_path / "n") == 1 and waits == []
 
 
+def test_that_a_process_hung_is_said(tmp_path: Path, waits: list[float], capfd: pytest.CaptureFixture[str]) -> None:
+    lived: list[float] = []
+
+    def stood(seconds: float) -> str:
+        lived.append(seconds)
+        return "stage 1 has not moved for 61 s, its limit is 60 s (service.hung)"
+
+    assert supervise(counting(tmp_path / "n", "os._exit(1)", "os._exit(0)"), 1, 9, stood) == 0
+    said = capfd.readouterr().err
+    assert "stage 1: ended with status 1; stage 1 has not moved for 61 s, its limit is 60 s (service.hung); " in said
+    assert len(lived) == 1 and lived[0] > 0
+
+
 def test_a_crash_is_started_again_at_once_and_the_next_ones_later(
     tmp_path: Path, waits: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,8 +18,9 @@ from dnipipe.config import build
 from dnipipe.errors import PeerLost, Replaced, WaitTimeout
 from dnipipe.messages import Message, Report
 from dnipipe.service import session
+from dnipipe.service.limits import Limit
 from dnipipe.service.links import Event, Gone, Up
-from dnipipe.service.place import Place, unhealthy
+from dnipipe.service.place import ALIVE, Place, unhealthy
 from dnipipe.transport import Side
 
 Heard = tuple[Side, Message]
@@ -174,6 +175,21 @@ def test_a_turn_is_shorter_than_what_counts_as_hung(place: Place) -> None:
     ears = Ears(nothing, lambda ears: ears.comes(7))
     wait(ears, place, hung=0.5)
     assert max(ears.waited) < 0.5
+
+
+def test_a_longer_limit_holds_at_once_and_a_shorter_one_from_the_next_look_on(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jumps: None
+) -> None:
+    armed: list[float] = []
+    quiet = SimpleNamespace(dump_traceback_later=lambda seconds, exit: armed.append(seconds))
+    monkeypatch.setattr(session, "faulthandler", quiet)
+    watch, first = session._Watch(place, 60.0, 0), Limit(300.0, "for the first time")
+    for limit in (watch.waiting, watch.waiting, first, first, watch.waiting):
+        watch.alive(limit)
+    assert armed == [60.0, 300.0] and "300.0 for the first time" in (place.folder / ALIVE).read_text()
+    session.time.monotonic.jump()  # type: ignore[attr-defined]
+    watch.alive(watch.waiting)
+    assert armed == [60.0, 300.0, 60.0] and (place.folder / ALIVE).read_text() == "60.0 service.hung"
 
 
 @WAITS
