@@ -26,6 +26,7 @@ from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
 from dnipipe.transport.dropped import Dropped
 from dnipipe.transport.limits import options
+from dnipipe.transport.silent import CROWD, keep_waiting
 
 # Seconds without a connection after which a neighbour is lost. A closed socket file never comes back; the moment is for
 # what libzmq has read but not yet handed over when it reports the end.
@@ -40,7 +41,8 @@ OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 # way, or repeated, and forgets over it to end the connection. It reads nothing more there, or aborts.
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 TRYING = zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECT_RETRIED
-EVENTS = OPENED | FAILED | TRYING | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+EVENTS = OPENED | FAILED | TRYING | ENDED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_LISTENING
 
 CAME_BEFORE = "came before"  # a message for the second time: why it is dropped
 
@@ -94,6 +96,7 @@ class Edge:
         self.trying = False  # libzmq connects by itself
         self._ungreeted = 0  # of the connections: whose handshake is not over
         self._failed = 0  # how the last handshake did, if libzmq has told it
+        self._listening: int | None = None  # that of the listening socket, as long as nobody need wait
         self._greeted = False  # a handshake has succeeded
         self._watched = 0.0  # when the monitor was last asked
         scheme = endpoint.partition("://")[0]
@@ -250,6 +253,9 @@ class Edge:
             if kind & OPENED:
                 self._connections.add(descriptor)
                 self._ungreeted += 1
+                if len(self._connections) > CROWD and self._listening is not None and self.endpoint.startswith("tcp"):
+                    keep_waiting(self._listening)
+                    self._listening = None  # once is enough
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._greeted, self.deadline, self.held_back = True, None, False
                 self._ungreeted -= 1
@@ -266,6 +272,8 @@ class Edge:
                 self.trying = True
             elif kind & FAILED:
                 self._failed = kind
+            elif kind == zmq.EVENT_LISTENING:
+                self._listening = descriptor
 
     def _not_let_in(self) -> None:
         """A handshake failed. Who binds goes on: it was a stranger. Who connects may have to try another key."""

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,28 +33,48 @@ print(transport.listen("tcp://127.0.0.1:*"), flush=True)
 print(transport.receive([Side.NEXT], 60.0)[1].batch, flush=True)
 own.write_bytes(b"a checkpoint")  # there are files left
 print("saved", flush=True)
+transport.receive([Side.NEXT], 60.0)
 transport.close()
 """
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits")
-def test_400_idle_connections_do_not_keep_the_neighbour_out(party: Party, tmp_path: Path) -> None:
-    """The listener may have 128 files open; connections that do not greet are closed (HANDSHAKE_IVL)."""
+@pytest.mark.parametrize(("count", "word"), [(400, b""), (150, b"\xff")], ids=["silent", "a byte, then silent"])
+def test_400_idle_connections_do_not_keep_the_neighbour_out(
+    party: Party, tmp_path: Path, count: int, word: bytes
+) -> None:
+    """The listener may have 128 files open. Connections that do not greet are closed (HANDSHAKE_IVL); those that say
+    nothing, once there is a crowd, wait in the kernel and take none of its files (transport/silent.py).
+    """
     command = [sys.executable, "-c", LISTENER, str(party.at(0)), str(tmp_path / "saved")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child, contextlib.ExitStack() as idle:
         idle.callback(child.kill)
         assert child.stdout
         endpoint = child.stdout.readline().strip()
         host, port = endpoint.removeprefix("tcp://").split(":")
-        for _ in range(400):
-            one = idle.enter_context(socket.socket())
-            one.setblocking(False)
-            one.connect_ex((host, int(port)))
-        b = party.one(KeyRing(party.at(1), 1), timeout=60.0)
+        crowd = [idle.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
+        for one in crowd:
+            one.sendall(word)
+        b, began = party.one(KeyRing(party.at(1), 1), timeout=60.0), time.monotonic()
         b.connect(endpoint)
         b.send(PREVIOUS, Checkpoint(7))
         assert child.stdout.readline().strip() == "7" and child.stdout.readline().strip() == "saved"
+        print(f"the neighbour's message came after {time.monotonic() - began:.2f} s")
+        while len(list(Path(f"/proc/{child.pid}/fd").iterdir())) > 40:
+            time.sleep(0.05)
+        assert (sum(map(is_open, crowd)) > 200) == (not word)
+
+
+def is_open(one: socket.socket) -> bool:
+    """At its other end, too, or nobody there has seen it yet."""
+    with contextlib.suppress(ConnectionError):
+        try:
+            while one.recv(4096, socket.MSG_DONTWAIT):
+                pass
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_an_oversize_frame_is_not_taken_in(party: Party) -> None:
