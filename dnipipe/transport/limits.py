@@ -6,13 +6,16 @@ import zmq
 
 from dnipipe.codec import HEADER_LIMIT
 
+# bytes by which CURVE makes a frame longer (RFC 26: "MESSAGE", a nonce, flags, a code that authenticates it)
+SEALED = 33
+
 
 def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) -> dict[zmq.SocketOption, int]:
     """Every option that decides about memory, waiting or strangers; ZeroMQ's own value after each reason."""
     table = {
         zmq.SNDHWM: queue,  # messages held for a neighbour that is slow; then send waits (1000)
         zmq.RCVHWM: queue,  # messages held for us (1000)
-        zmq.MAXMSGSIZE: max(max_message, HEADER_LIMIT),  # bytes a frame may make us reserve (no limit)
+        zmq.MAXMSGSIZE: max(max_message, HEADER_LIMIT) + SEALED,  # bytes a frame may make us reserve (no limit)
         zmq.LINGER: int(1000 * linger),  # ms in which close delivers what was sent (for ever)
         zmq.HANDSHAKE_IVL: 2000,  # ms until one that does not greet is closed, or strangers use up our files (30000)
         zmq.RECONNECT_IVL: 100,  # ms before the first try to connect again (100)

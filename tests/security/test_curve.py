@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 import zmq
 
 from dnipipe import codec, keys
@@ -94,6 +95,14 @@ def test_who_listens_in_the_neighbours_place_hears_nothing(party: Party, locked:
     with pytest.raises((PeerLost, WaitTimeout)):
         b.send(PREVIOUS, Checkpoint(1))
     assert a.receive([NEXT], 0.3) is None
+
+
+@pytest.mark.parametrize("locked", [True, False], ids=["with keys", "without"])
+def test_the_largest_tensor_that_may_be_sent_arrives(party: Party, locked: bool) -> None:
+    """Encrypted, it is 33 bytes more on the wire."""
+    a, b = party.pair(locked)
+    b.send(PREVIOUS, Gradient(1, torch.zeros(b.max_message // 4)))
+    assert isinstance(take(a, NEXT), Gradient)
 
 
 def test_who_is_refused_is_told_what_to_do(party: Party) -> None:
