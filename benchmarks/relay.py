@@ -69,8 +69,7 @@ class Relay:
         """One direction of a new connection."""
         return bytes
 
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket, way: Passed) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, way: Passed) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 target.sendall(way(data))

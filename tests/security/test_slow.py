@@ -17,6 +17,7 @@ import pytest
 import torch
 import zmq
 
+from benchmarks.relay import Passed, Relay
 from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Checkpoint, Gradient
@@ -24,7 +25,6 @@ from dnipipe.transport import edge
 from dnipipe.transport.zmq import ZmqTransport
 from tests.security.conftest import Party
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, batches
-from tests.transport.relay import Relay
 
 MB = 2**20
 
@@ -36,7 +36,13 @@ class Dripper(Relay):
         super().__init__()
         self.slow, self.over, self.dripped = Event(), Event(), 0
 
-    def _forth(self, source: socket.socket, target: socket.socket) -> None:
+    def _way(self, forth: bool) -> Passed:
+        return bytearray if forth else bytes  # the same either way: by which `_pump` knows what goes to the target
+
+    def _pump(self, source: socket.socket, target: socket.socket, way: Passed) -> None:
+        if way is bytes:
+            super()._pump(source, target, way)
+            return
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if not self.slow.is_set():

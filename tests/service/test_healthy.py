@@ -64,8 +64,11 @@ def test_a_stage_that_only_waits_is(
 
 
 def test_a_stage_that_does_not_get_on_with_a_batch_is_not(stand: Stand, place: Place, tmp_path: Path) -> None:
-    """Its activation goes down late, and then the gradient up: still the same turn."""
+    """Its activation goes down late, and then the gradient up: still the same turn. The second, for the first may take
+    longer."""
     found: list[str] = []
+    stand.previous(*batches(1, 1))
+    stand.turn()
 
     def late(side: Side, message: Message) -> None:
         if not found:
@@ -73,8 +76,8 @@ def test_a_stage_that_does_not_get_on_with_a_batch_is_not(stand: Stand, place: P
         found.append(unhealthy(tmp_path, 1, 60.0))
 
     stand.links.before_send = late
-    stand.previous(*batches(1, 1))
+    stand.previous(*batches(2, 2))
     stand.turn()
-    assert found == 2 * ["stage 1 has not moved for 100 s (service.hung = 60)"]
+    assert found == 2 * ["stage 1 has not moved for 100 s, its limit is 60 s (service.hung)"]
     stand.turn()
     assert unhealthy(tmp_path, 1, 60.0) == ""

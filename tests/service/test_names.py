@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.transport.relay import free_port
+from benchmarks.relay import free_port
 
 MOVES = """
 import sys
