@@ -115,6 +115,7 @@ def run(folder: Path, trust: float) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # three runs, a minute of processor time
 def test_a_run_with_a_poisoned_predictor_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With trust it ends within 2 % of the untouched run, and the stage says how long it went without.

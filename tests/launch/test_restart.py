@@ -128,7 +128,7 @@ def test_a_death_starts_all_ranks_again_from_the_newest_checkpoint(world: World,
     went_on(world)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_on_several_hosts_likewise(world: World, rank: int) -> None:
     """Two agents on loopback: each counts the deaths of its own ranks only."""
     hosts = {"HEAD": f"127.0.0.1:{free_port()}", "NODES": "2", "ADDRESS": "127.0.0.1"}
