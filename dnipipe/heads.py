@@ -1,6 +1,6 @@
 """The small nets that stand in for all later stages: VFBN's ĝ is the gradient of the loss of one of them.
 
-    h ─► (Attention) ─► (Pool) ─► Residual × hidden ─► a linear layer, or Scores ─► the model's output, guessed
+    h ─► (Position) ─► (Attention) ─► (Pool) ─► Residual × hidden ─► a linear layer, or Scores ─► the output, guessed
 
 Everything here must have a second derivative, for the matching differentiates ĝ once more: so no fused attention.
 """
@@ -13,6 +13,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Position(nn.Module):
+    """h + a vector of each place in the sequence, (B, T, D) to (B, T, D); zero at first."""
+
+    def __init__(self, places: int, features: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(places, features))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.vectors[: h.shape[1]]
 
 
 class Attention(nn.Module):
@@ -122,4 +133,4 @@ def _cosines(rows: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-__all__ = ["Attention", "Pool", "Residual", "Scores", "Similarity"]
+__all__ = ["Attention", "Pool", "Position", "Residual", "Scores", "Similarity"]

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
-from dnipipe.heads import Attention, Pool, Residual, Scores, Similarity
+from dnipipe.heads import Attention, Pool, Position, Residual, Scores, Similarity
 from dnipipe.lessons import Distance
 from dnipipe.nets import convolutions, dense
 from dnipipe.predictors import VFBN, Completed, Edge, Labels, Loss, Predictor, Regression
@@ -103,6 +103,8 @@ def _head(settings: Settings, edge: Edge, loss: Loss) -> VFBN:
         )
     features = 4 * edge.h[1] if len(edge.h) == 4 and not pointwise else edge.h[-1]
     layers: list[nn.Module] = []
+    if settings.position:
+        layers.append(_position(settings, edge))
     if settings.attention:
         layers.append(_attention(settings, edge))
     if not pointwise:
@@ -123,6 +125,15 @@ def _head(settings: Settings, edge: Edge, loss: Loss) -> VFBN:
 
 def _distance(settings: Settings) -> Distance:
     return Distance(settings.normalise, settings.cosine)
+
+
+def _position(settings: Settings, edge: Edge) -> Position:
+    if len(edge.h) != 3:
+        raise ConfigError(
+            f"predictor.position = true needs an activation (B, T, D), but it has shape {edge.h}: set "
+            "predictor.position = false"
+        )
+    return Position(*edge.h[1:])
 
 
 def _attention(settings: Settings, edge: Edge) -> Attention:

@@ -12,11 +12,24 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dnipipe.config import Predictor as Settings
-from dnipipe.heads import Attention, Scores, Similarity
+from dnipipe.heads import Attention, Position, Scores, Similarity
 from dnipipe.kinds import build
 from dnipipe.learner import Learner
 from dnipipe.models import Block, cross_entropy
 from dnipipe.predictors import VFBN, Edge
+
+# -- position ------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_has_a_vector_which_is_zero_at_first() -> None:
+    layer, h = Position(5, 8), torch.randn(3, 5, 8)
+    assert torch.equal(layer(h), h)
+    layer(h).sum().backward()
+    assert layer.vectors.grad is not None and torch.equal(layer.vectors.grad, torch.full((5, 8), 3.0))
+    with torch.no_grad():
+        layer.vectors[1] = 1.0
+    assert torch.equal(layer(h[:, :2]) - h[:, :2] > 0.5, torch.tensor([False, True])[None, :, None].expand(3, 2, 8))
+
 
 # -- attention ---------------------------------------------------------------------------------------------------
 

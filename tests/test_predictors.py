@@ -42,6 +42,7 @@ EVERY = [
     *((Settings(name="vfbn", hidden=n), e) for n in (0, 2) for e in (SAMPLES, TOKENS, SEQUENCE, IMAGES, VALUES)),
     (Settings(name="vfbn", attention=2, hidden=1), TOKENS),
     (Settings(name="vfbn", attention=4), SEQUENCE),
+    (Settings(name="vfbn", position=True), TOKENS),
     *((Settings(name="vfbn", sampled=4, hidden=n), TOKENS) for n in (0, 1)),
     *((Settings(name="vfbn", similarity=0.9), e) for e in (SAMPLES, TOKENS)),
     *((Settings(name="vfbn", residual=True), e) for e in (SAMPLES, TOKENS, SEQUENCE, IMAGES)),
@@ -182,6 +183,7 @@ def test_without_labels_it_cannot_be_found() -> None:
         (Settings(name="conv"), SAMPLES, r"needs an activation \(B, C, H, W\)"),
         (Settings(name="linear"), VALUES, "are no classes.*condition = false"),
         (Settings(name="vfbn", attention=3), TOKENS, r"attention = 3 needs .* D a multiple of it, .*\(2, 5, 8\)"),
+        (Settings(name="vfbn", position=True), SAMPLES, r"needs an activation \(B, T, D\)"),
         (Settings(name="vfbn", attention=2), SAMPLES, r"needs an activation \(B, T, D\)"),
         (Settings(name="vfbn", sampled=1), VALUES, "labels are no classes: leave predictor.sampled at 0"),
         (
