@@ -14,7 +14,7 @@ from benchmarks.emulator import Link
 from benchmarks.plots import draw
 from benchmarks.throughput.places import RunFailed, place
 from benchmarks.throughput.report import plots, tables
-from benchmarks.throughput.study import SYSTEMS, Condition, Record, Study, load
+from benchmarks.throughput.study import MAIN, SYSTEMS, Condition, Record, Study, load
 
 DELAYS = [0.0, 1.0, 10.0, 50.0, 100.0]  # ms
 RESULTS = ROOT / "benchmarks" / "throughput" / "results"
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--delays", nargs="+", type=float, metavar="MS", help="one way; emulated links only (default: 0 1 10 50 100)")
     add("--rates", nargs="+", type=float, default=[0], metavar="MBIT", help="of each host's line; 0: no limit")
     add("--jitter", type=float, default=0.0, metavar="MS")
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(MAIN))
     add("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M", help="tried for each schedule")
     add("--compute", type=_sleep, default=0.0, metavar="sleep=20ms", help="stages that sleep instead of computing")
     add("--slow", nargs="+", default=[], metavar="STAGE:FACTOR", help="with --compute: this stage takes longer")

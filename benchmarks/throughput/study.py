@@ -29,12 +29,15 @@ SYNTHETIC = ("--rule.name", "synthetic", "--predictor.rows", "0.25")
 RULES = {
     "local": ("--rule.name", "local"),
     "synthetic": SYNTHETIC,
+    "synthetic-whole": ("--rule.name", "synthetic"),  # its predictor learns from all rows of each gradient
+    "synthetic-lazily": ("--rule.name", "synthetic", "--predictor.lazily", "8"),
     "synthetic-int8": (*SYNTHETIC, "--wire.activations", "int8", "--wire.gradients", "int8"),
     "blend": ("--rule.name", "blend"),
     "blend-every-4": ("--rule.name", "blend", "--wire.gradient_every", "4"),
     "delayed-4": ("--rule.name", "delayed", "--rule.accumulate", "4"),
 }
 SYSTEMS = (*SCHEDULES, *RULES)
+MAIN = (*SCHEDULES, "local", "synthetic", "blend", "delayed-4")  # where nothing else is asked for
 PLAIN = Link()  # no delay, no limit
 SIZE = 8  # samples of a micro-batch (lm.toml)
 
@@ -97,7 +100,7 @@ class Study:
     """
 
     conditions: tuple[Condition, ...]
-    systems: tuple[str, ...] = SYSTEMS
+    systems: tuple[str, ...] = MAIN
     microbatches: tuple[int, ...] = (4, 8, 16, 32)
     repeats: int = 3
     seconds: float = 6.0

@@ -5,13 +5,17 @@ Study ─► orders ─► Place (here: made up) ─► records ─► limit, be
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cells import ROOT
 from benchmarks.emulator import Link
+from benchmarks.relay import free_port
 from benchmarks.throughput import study
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.places import Here, RunFailed
@@ -131,10 +135,37 @@ def test_a_rank_that_fails_ends_all_and_says_why() -> None:
         Here().run([Order("no such schedule", 2, sleep=0.001, seconds=0.1)] * 2, Link())
 
 
-def test_real_ranks_of_a_schedule_and_of_dnipipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--systems", "1f1b", "local", "--microbatches", "4", "--compute", "sleep=3ms", "--repeats", "1"]
+@pytest.mark.parametrize(
+    "systems",
+    [["1f1b", "local"], pytest.param(["gpipe", "interleaved", "plain", "synthetic-int8"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_real_ranks_of_schedules_and_of_dnipipe(
+    systems: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--systems", *systems, "--microbatches", "4", "--compute", "sleep=3ms", "--repeats", "1"]
     assert main([*words, "--seconds", "0.5", "--out", str(tmp_path)]) == 0
     records = load(tmp_path / "records.jsonl")
-    assert [(r.system, len(r.ranks)) for r in records] == [("alone", 2), ("1f1b", 2), ("local", 2)]
+    assert [(r.system, len(r.ranks)) for r in records] == [(system, 2) for system in ("alone", *systems)]
     assert all(rank.samples > 0 and rank.memory > 50 for r in records for rank in r.ranks)
     assert "compute sleep=3ms" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_on_hosts_that_torchrun_has_started_it_on(tmp_path: Path) -> None:
+    """As two agents of one machine: each starts a rank of every system, and the first one writes down all."""
+    words = ["--links", "hosts", "--systems", "local", "--compute", "sleep=3ms", "--repeats", "1", "--seconds", "0.5"]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "benchmarks.throughput", *words]
+    agents = [subprocess.Popen([*command, "--out", str(tmp_path / str(k))], cwd=ROOT) for k in range(2)]
+    try:
+        assert [agent.wait(110) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    records = [load(path) for path in tmp_path.glob("*/records.jsonl")]
+    assert [[(r.system, r.links, len(r.ranks)) for r in found] for found in records if found] == [
+        [("alone", "hosts", 2), ("local", "hosts", 2)]
+    ]
+    assert all(rank.samples > 0 for found in records for r in found for rank in r.ranks)
