@@ -245,6 +245,7 @@ def _learner(job: Job, edge: Edge, seed: int) -> Learner:
         settings.predictor.rows,
         careful=settings.train.on_nan == "skip",
         trust=settings.rule.trust,
+        lazily=settings.predictor.lazily,
     )
 
 

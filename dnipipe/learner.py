@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Learner:
         rows: the share of its samples that is; the first ones, since batches are shuffled.
         careful: learn nothing from a guess that is not finite, which on a GPU has to be waited for.
         trust: cosine with what arrives below which the predictor is not trusted; -1: always trusted.
+        lazily: what arrives is put off until `catch_up`; once so many are, the newest is learnt and the others never.
     """
 
     def __init__(
@@ -33,12 +35,15 @@ class Learner:
         rows: float = 1.0,
         careful: bool = False,
         trust: float = -1.0,
+        lazily: int = 1,
     ) -> None:
         self.predictor = predictor
         self.adam = in_one_kernel(torch.optim.Adam, predictor.parameters(), lr=lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
         self.replay = replay or Replay()
         self.rows, self.careful, self.trust = rows, careful, Trust(trust)
+        self.lazily, self.unlearnt = lazily, 0
+        self.put_off: deque[tuple[Tensor, Tensor, Tensor]] = deque()  # (h, y, g), the oldest first
 
     def guess(self, h: Tensor, y: Tensor) -> Tensor:
         """ĝ for h (B, D...), detached. A predictor with a loss of its own learns from that in the same backward."""
@@ -56,13 +61,25 @@ class Learner:
         return self.predictor.completed(h.detach(), y, h.grad)
 
     def learn(self, h: Tensor, y: Tensor, g: Tensor) -> None:
-        """What the gradient g that arrived for h (both (B, D...)) teaches."""
+        """What the gradient g that arrived for h (both (B, D...)) teaches, at once or later."""
         if self.predictor.matching == 0:
             return
         samples = h.shape[0]
         taken = math.ceil(self.rows * samples)
         if taken < samples:  # in the unit of a batch of so many
             h, y, g = h[:taken], y[:taken], g[:taken] * (samples / taken)
+        self.put_off.append((h, y, g))
+        if len(self.put_off) == self.lazily:
+            newest = self.put_off.pop()
+            self.unlearnt += len(self.put_off)
+            self.put_off.clear()
+            self._study(*newest)
+
+    def catch_up(self) -> None:
+        """Learn what was put off longest."""
+        self._study(*self.put_off.popleft())
+
+    def _study(self, h: Tensor, y: Tensor, g: Tensor) -> None:
         self.predictor.observe(y, g)
         lesson = self.replay.lesson(h, y, g)
         for _ in range(self.replay.steps):

@@ -47,6 +47,8 @@ def closing(job: Job, task: Task, run: Path, head: Head, summary: dict[str, Any]
     for stage in summary["stage"]:
         for reason, count in stage["reasons"].items():
             print(f"skipped {count} batches in stage {stage['index']}: {reason}")
+        if stage["unlearnt"]:
+            print(f"predictor of stage {stage['index']} had no time to learn from {stage['unlearnt']:,} gradients")
         if stage["untraced"]:
             print(f"trace   of stage {stage['index']} is full: {stage['untraced']:,} later spans and messages left out")
     if not config.output.quiet:

@@ -130,6 +130,17 @@ class Stage:
             return iter([message])  # on its way up to stage 0
         raise MessageError(f"stage {self.index} cannot handle a {type(message).__name__}")
 
+    @property
+    def behind(self) -> bool:
+        """Whether there is a gradient that the predictor has put off learning from."""
+        return self.rule.learner is not None and bool(self.rule.learner.put_off)
+
+    def catch_up(self) -> None:
+        """The predictor learns from one of these. Only where the stage is `behind`."""
+        assert self.rule.learner
+        with self.metrics.clock.span("predictor"):
+            self.rule.learner.catch_up()
+
     # -- training ----------------------------------------------------------------------------------------------
 
     def on_activation(self, message: Activation) -> Iterator[Message]:
@@ -212,6 +223,7 @@ class Stage:
             self.metrics.received(of.predicted, g, late)
         with self.metrics.clock.span("predictor"):
             use = rule.arrived(batch, of.h, of.y, g, of.predicted)  # 7
+        self.metrics.unlearnt = rule.learner.unlearnt if rule.learner else 0
         if isinstance(use, Mend):
             yield from self._mend(batch, pending, use)  # 8
         elif use and (use.update or self.index > 0):

@@ -23,6 +23,8 @@ from dnipipe.unlocked import UnlockedStage
 def state_of(stage: Stage, plan: Plan) -> StageState:
     """What the stage is right now. Raises NonFiniteLoss if its last loss was not finite and nobody had looked yet."""
     stage.rule.settle()
+    while stage.behind:
+        stage.catch_up()
     learner, named = stage.rule.learner, dict(stage.module.named_parameters())
     predictor, learned = stage.rule.shelf
     if learner is not None:

@@ -5,8 +5,8 @@
             self.send(out)
 
 The inbox blocks, and never spins: a message from the next stage comes first (it frees the window and teaches), then, if
-the window has room, one from the stage before, or at stage 0 the next of the script. Each wait has a limit, and whom it
-waits for is said when it strikes.
+the window has room, one from the stage before, or at stage 0 the next of the script; before it waits, what the
+predictor has put off. Each wait has a limit, and whom it waits for is said when it strikes.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Worker:
         feeding = self.head is not None and room and not self.stopping
         sides, wait = self._sides(room), self.metrics.clock.span(self._awaited(room))
         waits = wait.entered
-        got = self.transport.receive(sides, 0.0 if feeding else self._until_due(), wait)
+        got = self.transport.receive(sides, 0.0 if feeding or self.stage.behind else self._until_due(), wait)
         if got is None and feeding:
             assert self.head is not None
             with self.metrics.clock.span("data"):
@@ -187,6 +187,10 @@ class Worker:
             if fed is not None:
                 self._waiting_since = None
                 return fed
+        if got is None and self.stage.behind:
+            self.stage.catch_up()
+            return None
+        if got is None and feeding:
             got = self.transport.receive(sides, self._until_due(), wait)
         waited = wait.entered > waits
         return self._received(*got, waited, room) if got else None

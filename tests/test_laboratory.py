@@ -166,10 +166,11 @@ def saved(run: Path, what: str) -> dict[str, Tensor]:
     return {f"{k} {name}": part[name] for k, part in enumerate(parts) for name in part if name.startswith(what)}
 
 
-def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lazily", [1, 30])
+def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_path: Path, lazily: int) -> None:
     """synthetic ─► delayed, which has no use for the predictors ─► synthetic, which goes on with them"""
     run, resume = tmp_path / "run", ["--resume", str(tmp_path / "run")]
-    train(run, train__batches=20, rule__name="synthetic")
+    train(run, train__batches=20, rule__name="synthetic", predictor__lazily=lazily)
     before = saved(run, "predictor")
     train(run, *resume, train__batches=30, rule__name="delayed")
     assert before and same(saved(run, "predictor"), before)
@@ -181,7 +182,8 @@ def test_a_run_goes_on_with_another_rule_and_keeps_what_both_have_learned(tmp_pa
     after = saved(run, "predictor")
     assert after.keys() == before.keys() and not same(after, before)
     steps = {tensor.item() for name, tensor in after.items() if name.endswith("/step")}
-    assert steps == {2 * (20 + 10)}  # of its optimizer: two lessons a batch in both stretches, at once and from g
+    # of its optimizer: two lessons a batch in both stretches, at once and from g, which is learnt before all is saved
+    assert steps == {2 * (20 + 10)}
 
 
 @pytest.mark.parametrize(("stages", "cut"), [(3, ["0", "3", ""]), (2, None)])

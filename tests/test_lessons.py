@@ -2,6 +2,7 @@
 
 g ─► Distance   rows, 1/N, s², cosine
   ─► Replay     newest first, 1/√(1 + age), `steps` times
+  ─► Learner    a share of the rows; put off until there is time
 """
 
 from __future__ import annotations
@@ -148,3 +149,24 @@ def test_a_share_of_the_samples_teaches_what_a_smaller_batch_would() -> None:
     torch.manual_seed(0)
     untaught = Learner(build(Settings(), TOKENS, loss), 0.1).parameters
     assert not torch.allclose(made[0][0], untaught[0])
+
+
+def test_what_is_put_off_is_learnt_in_its_order_and_of_too_many_the_newest_alone() -> None:
+    h, y = example(TOKENS)
+    lessons = [(h, y, g) for g in torch.randn(4, *TOKENS.h)]
+    made = []
+    for lazily, given in ((1, [0, 1]), (3, [0, 1]), (1, [2, 3]), (3, [0, 1, 2, 3])):
+        torch.manual_seed(0)
+        learner = Learner(build(Settings(), TOKENS, loss), 0.1, lazily=lazily)
+        first = [p.detach().clone() for p in learner.parameters]
+        for k in given:
+            learner.learn(*lessons[k])
+            if lazily > 1 and k < 2:
+                assert all(map(torch.equal, learner.parameters, first))
+        while learner.put_off:
+            learner.catch_up()
+        made.append((learner.unlearnt, learner.parameters))
+    for (unlearnt, lazy), (_, at_once) in ((made[1], made[0]), (made[3], made[2])):
+        assert unlearnt == (0 if lazy is made[1][1] else 2)
+        for part, whole in zip(lazy, at_once, strict=True):
+            assert torch.equal(part, whole)

@@ -137,6 +137,7 @@ class Predictor:
     hidden: int = setting(-1, "hidden layers (-1: the kind's own: vfbn and linear 0, mlp 1, conv 2)", low=-1, high=8)
     width: int = setting(0, "features of a hidden layer (0: the kind's own)", low=0)
     lr: float = setting(3e-3, "learning rate of the predictor's Adam", low=0.0)
+    position: bool = setting(False, "vfbn: let its head see at which place of a sequence it is, for tokens")
     attention: int = setting(0, "vfbn: heads of a causal attention at the head's entrance, for tokens (0: none)", low=0)
     sampled: int = setting(
         0, "vfbn: classes that its head scores besides those of the batch, for a large vocabulary (0: all)", low=0
@@ -155,6 +156,9 @@ class Predictor:
     )
     rows: float = setting(1.0, "share of an arriving gradient's samples that is learnt from", low=1e-3, high=1.0)
     steps: int = setting(1, "times that each arriving gradient is learnt from", low=1)
+    lazily: int = setting(
+        1, "learn when the stage would wait; one that never does, from the newest of so many (1: at once)", low=1
+    )
     replay: int = setting(
         0, "newest gradients that are learnt from once more whenever one comes, the older the less", low=0
     )

@@ -114,7 +114,7 @@ def _stage(index: int, numbers: dict[str, float]) -> dict[str, Any]:
             nested[name.partition(".")[0]][name.partition(".")[2]] = value
     return {
         "index": index,
-        **{name: int(numbers[name]) for name in ("batches", "samples", "skipped", "peak_memory")},
+        **{name: int(numbers[name]) for name in ("batches", "samples", "skipped", "unlearnt", "peak_memory")},
         **{name: numbers[name] for name in ("busy_seconds", "idle_seconds", "overhead", "overhead_of_work")},
         **{name: numbers.get(name) for name in ("cosine", "norm_ratio", "staleness", "at_once", "input_error")},
         "untraced": int(numbers["untraced"]) if "untraced" in numbers else None,

@@ -70,6 +70,7 @@ class StageMetrics:
         self.clock = clock or Clock()
         self.skipped: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()  # what the transport did not let in, by reason; its owner sets it
+        self.unlearnt = 0  # gradients that the predictor had no time for
         self._evaluations: deque[dict[str, float]] = deque()  # that no reading has yet: a line has room for one
         self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
         self._uncompared = 0  # gradients still to come before the next that is compared
@@ -160,6 +161,7 @@ class StageMetrics:
             "window": window,
             "skipped": self.skipped.total(),
             "dropped": self.dropped.total(),
+            "unlearnt": self.unlearnt,
             **spent,
         }
         if (now := memory()) is not None:
@@ -174,6 +176,7 @@ class StageMetrics:
         every = self._all + self._lately
         found = {**spending(self.clock.seconds(), self.clock.processor()), **every.means()}
         found |= {"batches": every.batches, "samples": every.samples, "skipped": self.skipped.total()}
+        found |= {"unlearnt": self.unlearnt}
         found |= {"training_seconds": self.training_seconds, "peak_memory": peak_memory()}
         counts = {"skipped": self.skipped, "dropped": self.dropped}
         found |= {f"{name}.{reason}": n for name, count in counts.items() for reason, n in list(count.items())}

@@ -80,6 +80,7 @@ def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     metrics.received(torch.ones(1, 2), torch.ones(1, 2), 2)
     metrics.skip("loss not finite")
     metrics.dropped["malformed"] += 2
+    metrics.unlearnt = 5
     last = StageMetrics(2, 3, Clock(time, time)).totals()
     made = summary("synthetic", (1.5, None), [over_the_wire(metrics.totals()), over_the_wire(last)], 7, True)
     write_json(tmp_path / "summary.json", made)
@@ -93,6 +94,7 @@ def test_the_summary_has_its_fixed_shape(tmp_path: Path) -> None:
     assert (first["cosine"], first["norm_ratio"], first["staleness"]) == (pytest.approx(1), 1, 2)
     assert (first["skipped"], first["reasons"]) == (1, {"loss not finite": 1})
     assert (first["dropped"], second["dropped"]) == ({"malformed": 2}, {})
+    assert (first["unlearnt"], second["unlearnt"]) == (5, 0)
     assert first["seconds"]["unaccounted"] == 3
     assert set(first["seconds"]) == set(first["processor"]) == set(first["shares"]) == set(LABELS)
     assert first["shares"]["unaccounted"] == 0.75 and sum(first["shares"].values()) == 1

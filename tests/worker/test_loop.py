@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-from dnipipe.gradient_rules import GradientRule
+from dnipipe.gradient_rules import GradientRule, Synthetic
 from dnipipe.inputs import Inputs
+from dnipipe.learner import Learner
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Input, Message, Report, Saved, Stop
+from dnipipe.predictors import VFBN
 from dnipipe.transport import Side
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
@@ -68,6 +72,18 @@ def test_the_next_stage_is_heard_first(bench: Make) -> None:
     one.next(Saved(0, 2), Report(2, 0))
     one.worker.run()
     assert one.log("from ")[:3] == ["next: Saved 0 of 2", "next: Report 0 of 2", "previous: Activation 1"]
+
+
+def test_what_is_put_off_is_learnt_when_there_is_nothing_to_do(bench: Make) -> None:
+    """Three gradients are too many to be put off: the newest is learnt, two are not. One waits until all is done."""
+    learner = Learner(VFBN(nn.Linear(8, 3), F.cross_entropy, 0.1), 1e-3, lazily=3)
+    one, waiting = bench(rule=lambda k: Synthetic(learner), window=5).next_answers(), []
+    one.wire.before_receive = lambda: waiting.append(len(learner.put_off))
+    one.wire.late.append(lambda: one.previous(Stop(4)))
+    one.previous(*batches(1, 4))
+    one.worker.run()
+    assert waiting[:10] == [0, 0, 1, 1, 2, 2, 0, 0, 1, 0]  # activation, gradient, …, and then a look, and a wait
+    assert one.worker.metrics.totals()["unlearnt"] == 2
 
 
 def test_at_stage_0_the_head_takes_what_comes_back(bench: Make) -> None:
