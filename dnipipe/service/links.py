@@ -66,6 +66,7 @@ class _Bond:
     theirs: Link | None = None  # what it said on this connection
     up: bool = False
     handshakes: int = 0  # of the edge, that were answered with a Link
+    older: int = 0  # messages in a row that were of no connection that stands
     introduced: float = 0.0  # when the last Link was sent
     incarnation: int = 0  # the highest that was heard
     heard: float = 0.0  # when it last said anything; 0: nothing but Links yet, on this connection
@@ -289,7 +290,7 @@ class Links(ZmqTransport):
 
     def _is_next(self, edge: Edge, header: Header) -> bool:
         """Whether this is the next message of this connection; a Link is answered. Raises MessageError."""
-        side = edge.side
+        side, bond = edge.side, self._bonds[edge.side]
         if header.run == GREETING and header.type == Link.__name__:
             edge.watch()  # the connection that it came by must be known first
             self._look(side)
@@ -297,11 +298,16 @@ class Links(ZmqTransport):
             return False
         if not edge.token or header.run != edge.token:
             self.dropped["an older connection's message"] += 1
+            bond.older += 1
+            if bond.older > 2 * self.queue:  # more than can have been on the way
+                bond.older = 0
+                self._cut(edge, f"{edge.name} keeps sending what belongs to no connection")
             return False
+        bond.older = 0
         if edge.ahead(header.seq):
             self.give_up(side, f"messages of {edge.name} were lost on the way{edge.dropped_so_far()}")
             return False
-        self._bonds[side].spoke()
+        bond.spoke()
         return True
 
     def _away(self, edge: Edge, why: str) -> None:

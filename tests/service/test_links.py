@@ -14,6 +14,7 @@ import pytest
 import torch
 import zmq
 
+from dnipipe import codec
 from dnipipe.errors import HandshakeError, MessageError, Replaced
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Activation, Gradient, Message
@@ -315,17 +316,27 @@ def test_how_long_one_was_dead_is_no_silence(pair: Pair) -> None:
     assert upper.longest(NEXT) == longest
 
 
-def test_who_keeps_sending_garbage_is_cut_off_and_the_neighbour_comes_through(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("frames", "reason", "limit"),
+    [
+        ([b"garbage"], "malformed", BAD_LIMIT),
+        (codec.encode(Gradient(1, None), "of no connection", 0), "an older connection's message", 2 * 64 + 1),
+    ],
+    ids=["garbage", "other messages"],
+)
+def test_who_keeps_sending_garbage_is_cut_off_and_the_neighbour_comes_through(
+    pair: Pair, frames: list[codec.Frame], reason: str, limit: int
+) -> None:
     upper = pair.stage(0)
     with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
         peer.linger = 0
         peer.connect(pair.endpoint)
         monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         monitor.linger = 0
-        for _ in range(BAD_LIMIT):
-            peer.send(b"garbage")
+        for _ in range(limit):
+            peer.send_multipart(frames if pair.endpoint.startswith("ipc") else [*frames, codec.checksum(frames)])
         pair.until(lambda: bool(monitor.poll(0)), [upper])
-        assert upper.dropped.total() == BAD_LIMIT
+        assert upper.dropped == {reason: limit}
         peer.disable_monitor()
         monitor.close()
     lower = pair.stage(1)
