@@ -34,8 +34,9 @@ def free_port() -> str:
 class Relay:
     """A tcp relay between two sockets, whose connections can be cut. `address`: where it listens."""
 
-    def __init__(self, address: str = LOOPBACK, port: int = 0) -> None:
-        self._server = socket.create_server((address, port))
+    def __init__(self, address: str = LOOPBACK) -> None:
+        self._server = socket.create_server((address, 0))
+        self.port: int = self._server.getsockname()[1]
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
@@ -45,7 +46,7 @@ class Relay:
     def start(self, target: str) -> str:
         host, port = target.removeprefix("tcp://").split(":")
         self._run(self._accept, (host, int(port)))
-        return "tcp://{}:{}".format(*self._server.getsockname())
+        return f"tcp://{self._server.getsockname()[0]}:{self.port}"
 
     def _run(self, what: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=what, args=arguments, daemon=True)
@@ -95,8 +96,8 @@ class Relay:
 class Flipper(Relay):
     """A relay that flips one bit, when it is told to."""
 
-    def __init__(self, address: str = LOOPBACK, port: int = 0) -> None:
-        super().__init__(address, port)
+    def __init__(self, address: str = LOOPBACK) -> None:
+        super().__init__(address)
         self._left: dict[bool, tuple[int, int]] = {}  # bytes until the one that is changed, and its bit, by direction
 
     def __enter__(self) -> Flipper:
@@ -131,8 +132,8 @@ class Recorder(Flipper):
     greeting, 64 bytes ─ frame ─ frame ─ …        a frame: flags, 1 byte; length, 1 byte, LONG: 8; so many bytes
     """
 
-    def __init__(self, address: str = LOOPBACK, port: int = 0) -> None:
-        super().__init__(address, port)
+    def __init__(self, address: str = LOOPBACK) -> None:
+        super().__init__(address)
         self.begun: dict[bool, list[bytes]] = {}  # the newest connection's first pieces, by direction
         self._recent = {forth: deque[bytes](maxlen=RECENT) for forth in (True, False)}  # messages, whole
         self._again: dict[bool, int] = {}

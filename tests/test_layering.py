@@ -145,14 +145,14 @@ def test_benchmarks_see_the_settings_and_the_command_line() -> None:
 
     But benchmarks/throughput trains the same stages with other engines, and so sees what they are made of;
     benchmarks/transport measures transports, benchmarks/gpu both, benchmarks/fuzz attacks them, and benchmarks/wire
-    counts the bytes of what is sent; and benchmarks/faults reads what independent stages have written down, and starts
-    them so that they can be told to fail.
+    counts the bytes of what is sent; and benchmarks/faults reads what independent stages have written down, starts
+    them so that they can be told to fail, notes what passes between them, and attacks them.
     """
     allowed = {"dnipipe.cli", "dnipipe.config", "dnipipe.errors", "dnipipe.tracing"}
     parts = {
         "throughput": ("building", "data", "models", "optim", "process"),
         "transport": ("messages", "transport"),
-        "faults": ("service",),
+        "faults": ("codec", "keys", "messages", "service", "transport"),
         "fuzz": ("checkpoint", "codec", "expected", "keys", "messages", "service", "split", "transport"),
         "wire": ("wire",),
         "gpu": ("beside", "building", "execution", "jobs", "messages", "split", "staging", "transport"),

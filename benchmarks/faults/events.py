@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
@@ -33,6 +33,13 @@ def detected(event: Event, accounts: Sequence[Account], until: float) -> float |
         for line in account.away
         if line.get("gone") == event.stage and event.begin <= line["time"] <= until
     ]
+    return min(times) - event.begin if times else None
+
+
+def noticed(event: Event, accounts: Sequence[Account], kept_out: Iterable[float], until: float) -> float | None:
+    """Seconds until a stage ended a connection, or did not let something in, at one of these times; None likewise."""
+    ended = [float(line["time"]) for account in accounts for line in account.away if "gone" in line]
+    times = [time for time in (*ended, *kept_out) if event.begin <= time <= until]
     return min(times) - event.begin if times else None
 
 

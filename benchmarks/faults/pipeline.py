@@ -14,25 +14,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from benchmarks.cells import ROOT
 from benchmarks.emulator import Emulator
+from benchmarks.faults import proc, witness
+from benchmarks.relay import LOOPBACK, Recorder
 from dnipipe.service import ledger
 
+WIDTH, BATCH, CONTEXT, WINDOW = 32, 16, 32, 4  # an activation has 64 KB
 CONFIG = """
 [model]
-width = 32
+width = {width}
 heads = 2
 [data]
 limit = 400000
-batch = 16
-context = 32
+batch = {batch}
+context = {context}
 validation = 0.02
 [pipeline]
 stages = {stages}
-window = 4
+window = {window}
 [train]
 batches = {batches}
 seed = {seed}
@@ -49,6 +53,9 @@ silence = {silence}
 hung = {hung}
 patience = 120.0
 restarts = 1000
+[transport]
+address = "{address}"
+max_message = 1
 [security]
 keys = "{keys}"
 [output]
@@ -57,6 +64,7 @@ every = 0.5
 """
 LIMIT = 60.0  # seconds without progress at a stage, after a fault has ended: the pipeline counts as hung
 PORT = 7400  # in hosts of their own
+BESIDE = "127.0.0.2"  # where stages connect whose links somebody sits on; he connects to where the others listen
 TAIL = 4096  # bytes at a ledger's end, in which a batch is begun
 BEGUN = re.compile(rb'"begun": ([0-9]+), "time"')
 SAMPLE = 0.25  # seconds between two looks at the processes' memory
@@ -71,12 +79,21 @@ class Pipeline:
 
     Args:
         folder: for the run and what the stages say. rate: batches a second that stage 0 begins at most; 0: no limit.
-        emulator: whose hosts the stages are on; on loopback without.
+        emulator: whose hosts the stages are on; on loopback without. locked: with keys; in hosts of their own always.
+        cabled: with a Recorder on each link, by the index of the stage that listens.
         settings: of CONFIG, over the ordinary ones.
     """
 
     def __init__(
-        self, folder: Path, stages: int, rate: float = 0.0, emulator: Emulator | None = None, **settings: object
+        self,
+        folder: Path,
+        stages: int,
+        rate: float = 0.0,
+        emulator: Emulator | None = None,
+        *,
+        locked: bool = False,
+        cabled: bool = False,
+        **settings: object,
     ) -> None:
         self.folder, self.stages, self.rate, self.emulator = folder, stages, rate, emulator
         self.run, self.config = folder / "run", folder / "run.toml"
@@ -95,14 +112,17 @@ class Pipeline:
             "hung": 6.0,
         }
         folder.mkdir(parents=True)
-        keys = self._keys() if emulator else ""
-        addresses = str(self._addresses()).replace("'", '"')
-        chosen |= settings
-        self.config.write_text(CONFIG.format(stages=stages, run=self.run, keys=keys, addresses=addresses, **chosen))
+        self.keys = self._made_keys() if emulator or locked else None
+        self.cables = [Recorder(BESIDE) for _ in range(stages - 1)] if cabled else []
+        chosen |= {"stages": stages, "run": self.run, "keys": self.keys or "", "address": LOOPBACK if cabled else ""}
+        chosen |= {"width": WIDTH, "batch": BATCH, "context": CONTEXT, "window": WINDOW, **settings}
+        self.config.write_text(CONFIG.format(addresses=json.dumps(self._addresses()), **chosen))
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._measure, daemon=True)
 
     def __enter__(self) -> Pipeline:
+        for stage, cable in enumerate(self.cables):
+            cable.start(self.endpoint(stage))
         for stage in range(self.stages):
             self.start(stage)
         self._watch.start()
@@ -112,18 +132,25 @@ class Pipeline:
         self._ended.set()
         self._watch.join()
         self.close()
+        for cable in self.cables:
+            cable.__exit__()
+
+    def endpoint(self, stage: int) -> str:
+        """Where a stage listens that the next one does not connect to directly."""
+        return f"tcp://{LOOPBACK}:{self.cables[stage].port}"
 
     def _addresses(self) -> list[str]:
+        if self.cables:
+            return [f"{BESIDE}:{cable.port}" for cable in self.cables]
         if self.emulator:
             return [f"{self.emulator.address(k)}:{PORT}" for k in range(self.stages - 1)]
         with contextlib.ExitStack() as stack:
             probes = [stack.enter_context(socket.socket()) for _ in range(self.stages - 1)]
             for probe in probes:
-                probe.bind(("127.0.0.1", 0))
-            return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
+                probe.bind((LOOPBACK, 0))
+            return [f"{LOOPBACK}:{probe.getsockname()[1]}" for probe in probes]
 
-    def _keys(self) -> Path:
-        """Hosts of their own may be reached by others: so their links are encrypted, and only stages are let in."""
+    def _made_keys(self) -> Path:
         folder = self.folder / "keys"
         command = [sys.executable, "-m", "dnipipe", "keys", "new", str(folder), "--stages", str(self.stages)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -154,9 +181,8 @@ class Pipeline:
     def pid(self, stage: int) -> int | None:
         """Of the stage's own process, under its supervisor; None while it has none."""
         above = self.supervisors[stage].pid
-        if _parent(self._pids.get(stage, 0)) != above:
-            numbers = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
-            self._pids[stage] = next((pid for pid in numbers if _parent(pid) == above), 0)
+        if proc.parent(self._pids.get(stage, 0)) != above:
+            self._pids[stage] = proc.child(above)
         return self._pids[stage] or None
 
     def signal(self, stage: int, number: int) -> bool:
@@ -185,20 +211,25 @@ class Pipeline:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for pid in _naming(str(self.config)):
+        for pid in proc.naming(str(self.config)):
             self.left += 1
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        while _naming(str(self.config)):  # its files are about to be removed
+        while proc.naming(str(self.config)):  # its files are about to be removed
             time.sleep(0.01)
 
     def _measure(self) -> None:
         while not self._ended.wait(SAMPLE):
             for stage in range(self.stages):
                 pid = self.pid(stage)
-                self.peak[stage] = max(self.peak[stage], _peak(pid) if pid else 0)
+                self.peak[stage] = max(self.peak[stage], proc.peak(pid) if pid else 0)
 
     # -- what it does ------------------------------------------------------------------------------------------
+
+    def testimonies(self) -> list[witness.Testimony]:
+        """Of all stages: what they sent is read last, so of a run that goes on nothing is given before it was sent."""
+        given, sent = ([witness.read(self.folder / f"witness-{k}") for k in range(self.stages)] for _ in range(2))
+        return [replace(mine, sent=later.sent) for mine, later in zip(given, sent, strict=True)]
 
     def account(self, stage: int) -> ledger.Account:
         path = self.run / f"stage-{stage}" / ledger.NAME
@@ -242,13 +273,22 @@ class Pipeline:
                 raise Hung(f"not within {limit:g} s: {what}; {said}")
             time.sleep(0.1)
 
-    def until_all_pass(self, batch: int) -> None:
+    def until_all_pass(self, batch: int, limit: float = LIMIT) -> None:
         """Until every stage has begun a batch behind that one. Raises Hung."""
         for stage in range(self.stages):
             self.until(
                 f"stage {stage} begins a batch behind {batch}",
                 lambda k=stage: self.begun(k) > batch,  # type: ignore[misc]
+                limit,
             )
+
+
+def window_bytes(stage: int, stages: int) -> int:
+    """What a full window may take at a stage: batches that lack their gradient (x, h, ĝ, J^T ĝ and y of each, if there
+    is a next stage), and on each edge as many activations with labels, and gradients."""
+    h, y = 4 * BATCH * CONTEXT * WIDTH, 8 * BATCH * CONTEXT
+    last, edges = stage == stages - 1, (stage > 0) + (stage < stages - 1)
+    return WINDOW * ((not last) * (4 * h + y) + edges * (2 * h + y))
 
 
 def wrong(accounts: list[ledger.Account]) -> list[str]:
@@ -265,33 +305,3 @@ def wrong(accounts: list[ledger.Account]) -> list[str]:
 def _ranges(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:5]))
     return f"{len(numbers)} batches ({shown}{', …' if len(numbers) > 5 else ''})"
-
-
-# -- /proc -------------------------------------------------------------------------------------------------------
-
-
-def _parent(pid: int) -> int:
-    """0 if there is no such process, or it has ended."""
-    with contextlib.suppress(OSError):
-        state, parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:2]
-        return 0 if state in b"ZX" else int(parent)
-    return 0
-
-
-def _naming(text: str) -> list[int]:
-    """Processes that have this in their command."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text.encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-    return found
-
-
-def _peak(pid: int) -> int:
-    """Bytes of memory that a process has had at most."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0

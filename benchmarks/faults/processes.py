@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.faults.events import Event
-from benchmarks.faults.pipeline import Pipeline
+from benchmarks.faults.pipeline import Hung, Pipeline
 
 GROUPS = Path("/sys/fs/cgroup/memory")  # control groups, version 1
 
@@ -97,6 +97,24 @@ def second_process(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
     pipeline.start(stage)
     pipeline.until(f"the older stage {stage} ends", lambda: older.poll() is not None)
     return Event(stage, begin, time.time())
+
+
+def replaced_asleep(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
+    """The last stage, for it listens nowhere: SIGSTOP, a second process of it is started, trains, and the first wakes.
+    It must end as one that was replaced does, and write nothing more."""
+    stage = pipeline.stages - 1
+    pid, older, before = pipeline.pid(stage), pipeline.supervisors[stage], pipeline.last()
+    assert pid is not None
+    event = _now(stage)
+    os.kill(pid, signal.SIGSTOP)
+    pipeline.extra.append(older)
+    pipeline.start(stage)
+    pipeline.until(f"the newer stage {stage} trains", lambda: pipeline.begun(stage) > before)
+    os.kill(pid, signal.SIGCONT)
+    pipeline.until(f"the older stage {stage} ends", lambda: older.poll() is not None)
+    if older.returncode:
+        raise Hung(f"the older stage {stage} ended with status {older.returncode}: it was not fenced")
+    return event
 
 
 def _now(stage: int) -> Event:

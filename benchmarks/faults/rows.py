@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from benchmarks.emulator import Emulator, Link, missing
-from benchmarks.faults import clocks, disks, network, processes
-from benchmarks.faults.events import Event, detected, recovered, spread
+from benchmarks.faults import attacks, clocks, disks, network, processes, witness
+from benchmarks.faults.events import Event, detected, noticed, recovered, spread
 from benchmarks.faults.pipeline import Hung, Pipeline, wrong
 from benchmarks.figures import processor
 from benchmarks.grid import cores
 
 WARM = 20  # batches that every stage has trained before the first fault
+START = 240.0  # seconds until then: a machine that is busy
 SETTLE = 400  # batches behind the last fault, until the loss is taken
 
 Make = Callable[[Pipeline, int, random.Random], Event]
@@ -38,7 +40,8 @@ class Fault:
         make: makes it once. amount: how often, in ten minutes; 0: by chance, about 40 times, whatever goes on.
         lacks: what this machine lacks for it. hosts: the stages are hosts of their own.
         small: the stages' folders are small file systems. stepping: their clocks can be set. quiet: no stage may be
-            taken for gone.
+            taken for gone. attack: somebody sits on the links. locked: with keys. hung: of the stages, seconds.
+        known: why its loss or memory is not that of undisturbed runs, where that is of its nature.
     """
 
     make: Make
@@ -48,6 +51,10 @@ class Fault:
     small: bool = False
     stepping: bool = False
     quiet: bool = False
+    attack: bool = False
+    locked: bool = False
+    hung: float = 6.0
+    known: str = ""
 
 
 @dataclass
@@ -58,7 +65,7 @@ class Row:
     amount: int = 0
     skipped: str = ""  # why it was not made
     hung: str = ""  # what did not happen
-    found: int = 0  # how often a neighbour took the stage for gone
+    found: int = 0  # how often a neighbour took the stage for gone, or an attack was noticed
     detected: dict[str, float] = field(default_factory=dict)
     recovered: dict[str, float] = field(default_factory=dict)
     open: int = 0  # faults behind which a stage made no progress
@@ -69,6 +76,8 @@ class Row:
     loss: tuple[int, float] | None = None  # the batch that it stands behind, nats a byte
     peak: list[int] = field(default_factory=list)
     left: int = 0
+    delivered: int | None = None  # messages that no neighbour had sent; None: not measured
+    kept_out: dict[str, int] = field(default_factory=dict)  # messages and connections not let in, by reason
     stages: int = 0
     load: float = 0.0  # processes at work on the machine before
     machine: str = ""
@@ -76,9 +85,10 @@ class Row:
 
     @property
     def sound(self) -> bool:
-        """Nothing hung, nothing is unaccounted for, and nobody was taken for gone who was only slow."""
+        """Nothing hung, nothing is unaccounted for, nothing was delivered that nobody sent, and nobody was taken for
+        gone who was only slow. Loss and memory are not judged here (report.py)."""
         mistaken = FAULTS[self.fault].quiet and self.found
-        return not (self.hung or self.open or self.wrong or self.left or mistaken)
+        return not (self.hung or self.open or self.wrong or self.left or self.delivered or mistaken)
 
 
 FAULTS: dict[str, Fault] = {
@@ -88,9 +98,12 @@ FAULTS: dict[str, Fault] = {
     "hang with the interpreter's lock": Fault(processes.ordered("hang with the interpreter's lock"), 10),
     "exception in forward": Fault(processes.ordered("exception"), 10),
     "segmentation fault": Fault(processes.ordered("segmentation fault"), 10),
-    "out of memory": Fault(processes.out_of_memory, 10, processes.no_groups),
+    "out of memory": Fault(
+        processes.out_of_memory, 10, processes.no_groups, known="the fault itself is to take all the memory there is"
+    ),
     "SIGTERM": Fault(processes.ask_to_end, 20),
     "second process of a stage": Fault(processes.second_process, 10),
+    "stopped, replaced, wakes up": Fault(processes.replaced_asleep, 5, hung=60.0),
     "partition for 0.2 to 10 s": Fault(network.partition, 15, hosts=True),
     "partition one way": Fault(network.one_way, 15, hosts=True),
     "power loss for 0.2 to 10 s": Fault(network.power_loss, 15, hosts=True),
@@ -100,9 +113,29 @@ FAULTS: dict[str, Fault] = {
     "1 Mbit/s for 60 s": Fault(network.slow(Link(rate=1e6), 60), 1, hosts=True, quiet=True),
     "disk full for 1 to 5 s": Fault(disks.full, 10, disks.no_mount, small=True),
     "I/O error for 3 s": Fault(disks.failing_sync, 5, disks.no_strace),
-    "kill -9 while saving": Fault(disks.kill_while_saving, 20),
+    "kill -9 while saving": Fault(
+        disks.kill_while_saving,
+        20,
+        known="kills hit one stage after another at short distances, so the last one has trained half of the batches",
+    ),
     "own state damaged": Fault(disks.damaged, 20),
     "clock steps of ± 288 s": Fault(clocks.step, 15, clocks.no_library, stepping=True, quiet=True),
+    "bit flipped": Fault(attacks.flip, 30, attack=True),
+    "bit flipped, with keys": Fault(attacks.flip, 30, attack=True, locked=True),
+    "recorded bytes again": Fault(attacks.replay, 15, attack=True),
+    "recorded bytes again, with keys": Fault(attacks.replay, 15, attack=True, locked=True),
+    "wrong, missing or revoked key": Fault(attacks.wrong_key, 15, attack=True, locked=True),
+    "stale incarnation with its key": Fault(attacks.stale, 10, attack=True, locked=True),
+    "oversize frame": Fault(attacks.oversize, 10, attack=True),
+    "message of 300,000 frames": Fault(
+        attacks.many_frames,
+        10,
+        attack=True,
+        known="libzmq holds the frames of a message until the last of them is there",
+    ),
+    "flood of malformed frames for 5 s": Fault(attacks.flood, 10, attack=True),
+    "100 half-open connections": Fault(attacks.half_open, 10, attacks.no_repair, attack=True),
+    "400 silent connections, 128 files": Fault(attacks.idle, 10, attack=True),
 }
 
 
@@ -116,7 +149,7 @@ def measure(name: str, stages: int, minutes: float, rate: float, seed: int) -> R
     rng, events = random.Random(seed), list[Event]()
     with _pipeline(fault, stages, rate) as pipeline:
         try:
-            pipeline.until_all_pass(WARM)
+            pipeline.until_all_pass(WARM, START)
             for event in _made(fault, pipeline, minutes, rng):
                 events.append(event)
             pipeline.until_all_pass(pipeline.last())
@@ -139,22 +172,31 @@ def _account(row: Row, pipeline: Pipeline, events: list[Event]) -> None:
     if FAULTS[row.fault].quiet:
         events = [Event(stage, event.begin, event.end) for event in events for stage in range(pipeline.stages)]
         ends = [event.end for event in events]
-    seen = [detected(event, accounts, end) for event, end in zip(events, ends, strict=False)]
+    testimonies = pipeline.testimonies()
+    row.delivered, row.kept_out = witness.strange(testimonies), witness.reasons(testimonies)
+    if FAULTS[row.fault].attack:
+        times = [time for stage in testimonies for time, _, _ in stage.kept_out]
+        seen = [noticed(event, accounts, times, end) for event, end in zip(events, ends, strict=False)]
+    else:
+        seen = [detected(event, accounts, end) for event, end in zip(events, ends, strict=False)]
     back = [recovered(event, accounts) for event in events]
     row.found, row.open = sum(one is not None for one in seen), sum(one is None for one in back)
     row.detected = spread([one for one in seen if one is not None])
     row.recovered = spread([one for one in back if one is not None])
 
 
-def undisturbed(stages: int, seed: int, batches: int) -> dict[int, float]:
-    """The losses of a run that nothing happens to, by the batch that they stand behind. Raises Hung."""
+def undisturbed(stages: int, seed: int, batches: int) -> tuple[dict[int, float], list[int]]:
+    """Of a run that nothing happens to: the losses by the batch that they stand behind, the peaks of memory by stage.
+
+    Raises Hung.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="dnipipe-faults-") as folder,
         Pipeline(Path(folder) / "pipeline", stages, seed=seed, batches=batches) as pipeline,
     ):
         ends = pipeline.supervisors.values()
         pipeline.until("the run ends", lambda: all(one.poll() is not None for one in ends), limit=batches)
-        return pipeline.losses()
+        return pipeline.losses(), pipeline.peak
 
 
 @contextlib.contextmanager
@@ -162,7 +204,8 @@ def _pipeline(fault: Fault, stages: int, rate: float) -> Iterator[Pipeline]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dnipipe-faults-")))
         emulator = stack.enter_context(Emulator(stages)) if fault.hosts else None
-        pipeline = Pipeline(folder / "pipeline", stages, rate, emulator)
+        options: dict[str, Any] = {"locked": fault.locked, "cabled": fault.attack, "hung": fault.hung}
+        pipeline = Pipeline(folder / "pipeline", stages, rate, emulator, **options)
         if fault.small:
             disks.mounted(pipeline)
             stack.callback(disks.unmounted, pipeline)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.faults import witness
 from dnipipe.config import load
 
 LOOK = 0.05  # seconds between two looks for an order
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.no_restart:
         from dnipipe import cli
 
+        witness.attend(options.config.parent / f"witness-{options.index}")
         arm(Path(config.output.run) / f"stage-{options.index}", options.rate if options.index == 0 else 0.0)
         return cli.main(["stage", str(options.config), "--index", str(options.index), "--no-restart"])
     from dnipipe.service.supervisor import supervise

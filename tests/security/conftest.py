@@ -14,6 +14,7 @@ from benchmarks.relay import Recorder, free_port
 from dnipipe import keys
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Gradient
+from dnipipe.service import links
 from dnipipe.service.links import Links
 from dnipipe.transport import edge
 from dnipipe.transport.zmq import ZmqTransport
@@ -70,15 +71,16 @@ def recorder() -> Iterator[Recorder]:
 
 
 @pytest.fixture
-def between(tmp_path: Path, recorder: Recorder, locked: bool) -> Iterator[Pair]:
+def between(tmp_path: Path, recorder: Recorder, locked: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     """Independent stages 0 and 1, and the recorder between them."""
+    monkeypatch.setattr(links, "AGAIN", 0.2)
     if locked:
         assert list(keys.new(tmp_path, [0, 1]))
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     made = Pair(endpoint, recorder.start(endpoint), tmp_path if locked else None)
     yield made
-    for links in made.made:
-        links.close()
+    for each in made.made:
+        each.close()
 
 
 def say(speaker: Links, *numbers: int) -> None:

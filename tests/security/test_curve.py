@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
-import zmq
 
+from benchmarks.faults import strangers
 from dnipipe import codec, keys
 from dnipipe.errors import ConfigError, PeerLost, WaitTimeout
 from dnipipe.keys import KeyRing
@@ -19,35 +18,9 @@ from tests.security.conftest import Party
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, assert_lost, batches, take
 
 
-def stranger(party: Party) -> KeyRing:
-    """Knows all public keys, and has a pair of stage 1 that it made itself."""
-    folder = party.folder / "stranger"
-    shutil.copytree(party.at(1), folder)
-    assert list(keys.new(folder, [1]))
-    return KeyRing(folder, 1)
-
-
-def another_stage(party: Party) -> KeyRing:
-    """Stage 2, which says that it is stage 1."""
-    ring = KeyRing(party.at(2), 2)
-    ring.stage = 1
-    return ring
-
-
-def revoked(party: Party) -> KeyRing:
-    ring = KeyRing(party.at(1), 1)
-    assert list(keys.revoke(party.at(0), ["stage-1-1"]))
-    assert list(keys.new(party.at(0), [1]))  # so that there is one that may come
-    return ring
-
-
-def none(party: Party) -> None:
-    return None
-
-
-@pytest.mark.parametrize("who", [stranger, another_stage, revoked, none])
-def test_no_other_key_is_let_in(party: Party, who: Callable[[Party], KeyRing | None]) -> None:
-    other = who(party)
+@pytest.mark.parametrize("key", strangers.KINDS)
+def test_no_other_key_is_let_in(party: Party, key: str) -> None:
+    other = strangers.KINDS[key](party.at(0), 1, party.folder / "stranger")
     a, b = party.one(KeyRing(party.at(0), 0), timeout=0.3), party.one(other)
     b.connect(a.listen("tcp://127.0.0.1:*"))
     with pytest.raises((PeerLost, WaitTimeout)):
@@ -62,8 +35,7 @@ def test_no_other_key_is_let_in(party: Party, who: Callable[[Party], KeyRing | N
 
 
 def assert_the_neighbour_still_can(party: Party, a: ZmqTransport) -> None:
-    home = party.at(0) if (party.at(0) / "secret" / "stage-1-2.key").exists() else party.at(1)
-    b = party.one(KeyRing(home, 1), timeout=WAIT)
+    b = party.one(KeyRing(party.at(1), 1), timeout=WAIT)
     b.connect(a._edges[NEXT].endpoint)
     b.send(PREVIOUS, Checkpoint(3))
     assert batches(a, NEXT, 1) == [3]
@@ -72,9 +44,7 @@ def assert_the_neighbour_still_can(party: Party, a: ZmqTransport) -> None:
 def test_a_bare_socket_gets_nothing_in_and_nothing_out(party: Party) -> None:
     a = party.one(KeyRing(party.at(0), 0), timeout=0.3)
     endpoint = a.listen("tcp://127.0.0.1:*")
-    with zmq.Context() as context, context.socket(zmq.DEALER) as bare:
-        bare.linger = 0
-        bare.connect(endpoint)
+    with strangers.bare(endpoint) as bare:
         bare.send_multipart(codec.encode(Checkpoint(1), "run", 0))
         with pytest.raises(WaitTimeout):
             a.send(NEXT, Checkpoint(2))
@@ -106,7 +76,8 @@ def test_the_largest_tensor_that_may_be_sent_arrives(party: Party, locked: bool)
 
 
 def test_who_is_refused_is_told_what_to_do(party: Party) -> None:
-    a, b = party.one(KeyRing(party.at(0), 0)), party.one(stranger(party))
+    his_own = strangers.of_his_own(party.at(0), 1, party.folder / "stranger")
+    a, b = party.one(KeyRing(party.at(0), 0)), party.one(his_own)
     b.connect(a.listen("tcp://127.0.0.1:*"))
     assert_lost(b, PREVIOUS, "does not accept this stage's key: copy its public file there")
 

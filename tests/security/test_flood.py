@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import zmq
 
+from benchmarks.faults import strangers
 from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Answer, Checkpoint
@@ -52,9 +51,9 @@ def test_400_idle_connections_do_not_keep_the_neighbour_out(
         idle.callback(child.kill)
         assert child.stdout
         endpoint = child.stdout.readline().strip()
-        host, port = endpoint.removeprefix("tcp://").split(":")
-        crowd = [idle.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
+        crowd = [idle.enter_context(one) for one in strangers.silent(endpoint, count)]
         for one in crowd:
+            one.setblocking(True)
             one.sendall(word)
         b, began = party.one(KeyRing(party.at(1), 1), timeout=60.0), time.monotonic()
         b.connect(endpoint)
@@ -63,18 +62,7 @@ def test_400_idle_connections_do_not_keep_the_neighbour_out(
         print(f"the neighbour's message came after {time.monotonic() - began:.2f} s")
         while len(list(Path(f"/proc/{child.pid}/fd").iterdir())) > 40:
             time.sleep(0.05)
-        assert (sum(map(is_open, crowd)) > 200) == (not word)
-
-
-def is_open(one: socket.socket) -> bool:
-    """At its other end, too, or nobody there has seen it yet."""
-    with contextlib.suppress(ConnectionError):
-        try:
-            while one.recv(4096, socket.MSG_DONTWAIT):
-                pass
-        except BlockingIOError:
-            return True
-    return False
+        assert (sum(map(strangers.still_open, crowd)) > 200) == (not word)
 
 
 def test_an_oversize_frame_is_not_taken_in(party: Party) -> None:
@@ -93,11 +81,7 @@ def test_an_oversize_frame_is_not_taken_in(party: Party) -> None:
 def test_frames_beyond_the_limit_are_not_kept(party: Party) -> None:
     """With the neighbour's key even: 300,000 frames are one message, of which five are kept while it is read."""
     a, ring = party.one(KeyRing(party.at(0), 0)), KeyRing(party.at(1), 1)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
-        peer.linger = 0
-        peer.curve_publickey, peer.curve_secretkey = ring.public, ring.secret
-        peer.curve_serverkey = ring.keys(0)[0]
-        peer.connect(a.listen("tcp://127.0.0.1:*"))
+    with strangers.bare(a.listen("tcp://127.0.0.1:*"), ring) as peer:
         peer.send_multipart([b"x"] * 300_000)
         assert a._edges[NEXT].socket.poll(1000 * WAIT)
         while not a.dropped:

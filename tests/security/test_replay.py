@@ -25,7 +25,7 @@ def test_a_connection_played_again_beside_the_true_one(party: Party, recorder: R
     for k in range(3):
         b.send(PREVIOUS, Checkpoint(k))
     assert batches(a, NEXT, 3) == [0, 1, 2]
-    play(a._edges[NEXT].endpoint, recorder.begun[True], 0.5)
+    play(a._edges[NEXT].endpoint, recorder.begun[True], 0.2)
     if locked:  # it does not get through the handshake, and who is there goes on
         b.send(PREVIOUS, Checkpoint(3))
         assert batches(a, NEXT, 1) == [3]
@@ -46,7 +46,7 @@ def test_a_connection_played_again_to_another_run(party: Party, recorder: Record
     assert batches(a, NEXT, 1) == [0]
     fresh = party.one(KeyRing(party.at(0), 0) if locked else None)
     fresh.run = "another"
-    play(fresh.listen("tcp://127.0.0.1:*"), recorder.begun[True], 0.5)
+    play(fresh.listen("tcp://127.0.0.1:*"), recorder.begun[True], 0.2)
     with contextlib.suppress(PeerLost):  # that connection has ended
         while not fresh.dropped:
             assert fresh.receive([NEXT], 0.2) is None
@@ -113,7 +113,7 @@ def test_a_whole_connection_of_a_stage_on_its_own(between: Pair, recorder: Recor
     between.until(lambda: between.ids(upper) == [1, 2, 3], [upper, lower])
     lower.close()
     between.until(lambda: bool(gone(between, upper)), [upper])
-    play(between.endpoint, recorder.begun[True], 0.5)
+    play(between.endpoint, recorder.begun[True], 0.2)
     between.until(lambda: upper.dropped.total() > 0, [upper])
     assert upper.receive([NEXT], 0.2) is None and not upper.up(NEXT)
     assert upper.dropped == ({"handshake failed": 1} if locked else {"an older connection's message": 3})
