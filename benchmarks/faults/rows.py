@@ -40,7 +40,7 @@ class Fault:
         make: makes it once. amount: how often, in ten minutes; 0: by chance, about 40 times, whatever goes on.
         lacks: what this machine lacks for it. hosts: the stages are hosts of their own.
         small: the stages' folders are small file systems. stepping: their clocks can be set. quiet: no stage may be
-            taken for gone. attack: somebody sits on the links. locked: with keys. hung: of the stages, seconds.
+            taken for gone. attack: somebody sits on the links. locked: with keys. hung, silence: settings, seconds.
         known: why its loss or memory is not that of undisturbed runs, where that is of its nature.
     """
 
@@ -54,6 +54,7 @@ class Fault:
     attack: bool = False
     locked: bool = False
     hung: float = 6.0
+    silence: float = 2.0
     known: str = ""
 
 
@@ -108,7 +109,7 @@ FAULTS: dict[str, Fault] = {
     "partition one way": Fault(network.one_way, 15, hosts=True),
     "power loss for 0.2 to 10 s": Fault(network.power_loss, 15, hosts=True),
     "connections reset": Fault(network.reset, 10, network.no_reset, hosts=True),
-    "20 % loss for 60 s": Fault(network.slow(Link(loss=0.2), 60), 1, hosts=True, quiet=True),
+    "20 % loss for 60 s": Fault(network.slow(Link(loss=0.2), 60), 1, hosts=True, quiet=True, silence=10.0),
     "50 ± 10 ms for 60 s": Fault(network.slow(Link(delay=0.04, jitter=0.02), 60), 1, hosts=True, quiet=True),
     "1 Mbit/s for 60 s": Fault(network.slow(Link(rate=1e6), 60), 1, hosts=True, quiet=True),
     "disk full for 1 to 5 s": Fault(disks.full, 10, disks.no_mount, small=True),
@@ -133,7 +134,12 @@ FAULTS: dict[str, Fault] = {
         attack=True,
         known="libzmq holds the frames of a message until the last of them is there",
     ),
-    "flood of malformed frames for 5 s": Fault(attacks.flood, 10, attack=True),
+    "flood of malformed frames for 5 s": Fault(
+        attacks.flood,
+        10,
+        attack=True,
+        known="libzmq holds a queue of them, some of very many frames, until their turn; ten take no more than two",
+    ),
     "100 half-open connections": Fault(attacks.half_open, 10, attacks.no_repair, attack=True),
     "400 silent connections, 128 files": Fault(attacks.idle, 10, attack=True),
 }
@@ -204,7 +210,8 @@ def _pipeline(fault: Fault, stages: int, rate: float) -> Iterator[Pipeline]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dnipipe-faults-")))
         emulator = stack.enter_context(Emulator(stages)) if fault.hosts else None
-        options: dict[str, Any] = {"locked": fault.locked, "cabled": fault.attack, "hung": fault.hung}
+        options: dict[str, Any] = {"locked": fault.locked, "cabled": fault.attack}
+        options |= {"hung": fault.hung, "silence": fault.silence}
         pipeline = Pipeline(folder / "pipeline", stages, rate, emulator, **options)
         if fault.small:
             disks.mounted(pipeline)

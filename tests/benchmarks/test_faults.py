@@ -112,8 +112,8 @@ def test_the_table_has_a_row_for_what_was_made_and_for_what_was_not(tmp_path: Pa
 def test_loss_and_memory_are_held_against_undisturbed_runs(tmp_path: Path) -> None:
     losses = {seed: {400: loss} for seed, loss in enumerate((2.3, 2.4, 2.5))}
     results = Results(tmp_path, {}, losses, {0: [10**8, 9 * 10**7], 1: [9 * 10**7, 10**8]})
-    limits = [10**8 + window_bytes(stage, 2) for stage in (0, 1)]
-    row = Row("hang", loss=(400, 2.59), peak=limits, stages=2)
+    limits = [101 * 10**6 + window_bytes(stage, 2) for stage in (0, 1)]
+    row = Row("hang", loss=(400, 2.59), peak=limits, stages=2, delivered=0)
     assert results.limits(row) == limits and results.outside(row) == [] and results.good(row)
     row.loss, row.peak = (400, 2.61), [limits[0], limits[1] + 1]
     assert results.outside(row) == ["loss", "memory"] and not results.good(row)
@@ -124,7 +124,8 @@ def test_loss_and_memory_are_held_against_undisturbed_runs(tmp_path: Path) -> No
     assert results.outside(row) == ["loss"]  # better is no undisturbed run's either
     of_its_nature = Row("kill -9 while saving", loss=(400, 2.7), stages=2)
     assert results.outside(of_its_nature) == ["loss"] and results.good(of_its_nature)
-    assert results.outside(Row("hang", loss=(200, 9.9), stages=3)) == []  # nothing to hold it against
+    assert results.outside(Row("hang", loss=(200, 9.9), stages=3, delivered=0)) == []  # nothing to hold it against
+    assert results.limits(Row("hang", peak=limits, stages=2)) == []  # of a time when no memory was held against it
 
 
 def test_a_full_window_is_some_batches_at_each_stage_and_on_each_edge() -> None:
