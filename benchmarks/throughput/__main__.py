@@ -15,6 +15,7 @@ from benchmarks.plots import draw
 from benchmarks.throughput.places import RunFailed, place
 from benchmarks.throughput.report import plots, tables
 from benchmarks.throughput.study import MAIN, SYSTEMS, Condition, Record, Study, load
+from benchmarks.throughput.workload import FEATURES
 
 DELAYS = [0.0, 1.0, 10.0, 50.0, 100.0]  # ms
 RESULTS = ROOT / "benchmarks" / "throughput" / "results"
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         options.delays = [0.0]
     options.delays = options.delays or DELAYS
+    if options.features != FEATURES and not options.compute:
+        parser.error(f"--features {options.features}: real stages have their own; add --compute sleep=20ms")
     study = Study(
         tuple(_conditions(options)),
         tuple(options.systems),
@@ -83,7 +86,9 @@ def _write(records: Sequence[Record], folder: Path) -> None:
 def _conditions(options: argparse.Namespace) -> list[Condition]:
     slow = tuple((int(stage), float(factor)) for stage, _, factor in (word.partition(":") for word in options.slow))
     return [
-        Condition(stages, Link(delay / 1000, options.jitter / 1000, rate * 1e6), options.compute, slow)
+        Condition(
+            stages, Link(delay / 1000, options.jitter / 1000, rate * 1e6), options.compute, slow, options.features
+        )
         for stages, rate, delay in itertools.product(options.stages, options.rates, options.delays)
     ]
 
@@ -100,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--microbatches", nargs="+", type=int, default=[4, 8, 16, 32], metavar="M", help="tried for each schedule")
     add("--compute", type=_sleep, default=0.0, metavar="sleep=20ms", help="stages that sleep instead of computing")
     add("--slow", nargs="+", default=[], metavar="STAGE:FACTOR", help="with --compute: this stage takes longer")
+    add("--features", type=int, default=FEATURES, metavar="D", help="with --compute: of a sample between two stages")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=6.0, help="of each measurement")
     add("--quick", action="store_true", help="a minute, to see that it works: two systems, two delays, once")

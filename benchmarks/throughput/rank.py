@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.throughput.workload import Workload
+from benchmarks.throughput.workload import FEATURES, Workload
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Order:
     stages: int
     sleep: float = 0.0
     slow: tuple[tuple[int, float], ...] = ()
+    features: int = FEATURES
     words: tuple[str, ...] = ()
     microbatches: int = 1
     stage: int = 0
@@ -50,7 +51,7 @@ def carry_out(order: Order) -> dict[str, float | None]:
     from benchmarks.throughput.window import Window
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    workload = Workload(order.stages, order.sleep, order.slow)
+    workload = Workload(order.stages, order.sleep, order.slow, order.features)
     if order.system == "dnipipe":
         return asdict(decoupled.train(workload, order.words, order.batches, Path(order.folder)))
     window = Window()

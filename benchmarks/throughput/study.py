@@ -22,6 +22,7 @@ from benchmarks.grid import cores
 from benchmarks.throughput.places import Place
 from benchmarks.throughput.rank import Order
 from benchmarks.throughput.window import Measured
+from benchmarks.throughput.workload import FEATURES
 
 ALONE = "alone"
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "plain")  # of torch.distributed.pipelining; plain: one rank at a time
@@ -50,6 +51,7 @@ class Condition:
     link: Link = PLAIN
     sleep: float = 0.0  # 0: real computation
     slow: tuple[tuple[int, float], ...] = ()
+    features: int = FEATURES  # of what passes between stages that sleep
 
     def __str__(self) -> str:
         words = [f"K = {self.stages}", f"{1000 * self.link.delay:g} ms"]
@@ -57,6 +59,7 @@ class Condition:
         words += [f"{self.link.rate / 1e6:g} Mbit/s"] * (self.link.rate > 0)
         words += [f"compute sleep={1000 * self.sleep:g}ms"] * (self.sleep > 0)
         words += [f"stage {stage} {factor:g} x slower" for stage, factor in self.slow]
+        words += [f"{self.features} features"] * (self.features != FEATURES)
         return ", ".join(words)
 
 
@@ -87,7 +90,8 @@ class Record:
         values: dict[str, Any] = json.loads(text)
         condition = values.pop("condition")
         slow = tuple((int(stage), float(factor)) for stage, factor in condition["slow"])
-        made = Condition(condition["stages"], Link(**condition["link"]), condition["sleep"], slow)
+        known = {name: condition[name] for name in ("stages", "sleep", "features") if name in condition}
+        made = Condition(link=Link(**condition["link"]), slow=slow, **known)
         return cls(condition=made, ranks=[Measured(**rank) for rank in values.pop("ranks")], **values)
 
 
@@ -140,9 +144,8 @@ class Study:
     def _measure(
         self, place: Place, found: list[Record], system: str, condition: Condition, microbatches: int
     ) -> list[Measured]:
-        order = Order(
-            system, condition.stages, condition.sleep, condition.slow, microbatches=microbatches, seconds=self.seconds
-        )
+        what = {name: getattr(condition, name) for name in ("stages", "sleep", "slow", "features")}
+        order = Order(system, **what, microbatches=microbatches, seconds=self.seconds)
         if system == ALONE:
             return [each for group in _groups(order) for each in place.run(group, PLAIN)]
         if system in SCHEDULES:

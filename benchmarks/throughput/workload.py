@@ -19,7 +19,7 @@ from dnipipe.data import Task
 
 CONFIG = Path(__file__).with_name("lm.toml")
 BLOCKS = 2  # a stage; a schedule with two stages a process has one each
-CLASSES, WIDTH = 16, 64  # of the emulated stages
+CLASSES, FEATURES = 16, 64  # of the emulated stages, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Workload:
     stages: K.
     sleep: 0, or seconds that a stage's forward and backward take together, without a processor: for more stages than
         there are cores. A third of it is the forward's.
-    slow: stage -> how many times slower it is than the others (with `sleep` only).
+    slow: stage -> how many times slower it is than the others. features: D, of what passes between them, float32. Both
+        with `sleep` only.
     """
 
     stages: int
     sleep: float = 0.0
     slow: tuple[tuple[int, float], ...] = ()
+    features: int = FEATURES
 
     def config(self, *words: str) -> Config:
         """The settings of a run, `words` on top."""
@@ -53,27 +55,27 @@ class Workload:
         if self.sleep == 0:
             return models.build(config)
         slow = dict(self.slow)
-        stages: list[nn.Module] = [Paced(WIDTH, self.sleep * slow.get(k, 1.0)) for k in range(self.stages)]
-        stages[-1] = nn.Sequential(stages[-1], nn.Linear(WIDTH, CLASSES))
+        stages: list[nn.Module] = [Paced(self.features, self.sleep * slow.get(k, 1.0)) for k in range(self.stages)]
+        stages[-1] = nn.Sequential(stages[-1], nn.Linear(self.features, CLASSES))
         return nn.Sequential(OrderedDict((f"stage{k}", stage) for k, stage in enumerate(stages)))
 
     def task(self, config: Config) -> Task:
         if self.sleep == 0:
             return data.load(config)
-        x, y = torch.randn(config.data.batch, WIDTH), torch.randint(CLASSES, (config.data.batch,))
+        x, y = torch.randn(config.data.batch, self.features), torch.randint(CLASSES, (config.data.batch,))
         return Task([(x, y)] * 1000, None, CLASSES, "emulated computation", None, None)
 
 
 class Paced(nn.Module):
-    """A linear layer, (B, D) to (B, D), whose forward and backward take so many seconds together, asleep."""
+    """A weight for each feature, (B, D) to (B, D), whose forward and backward take so many seconds together, asleep."""
 
-    def __init__(self, width: int, seconds: float) -> None:
+    def __init__(self, features: int, seconds: float) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width)
+        self.weight = nn.Parameter(torch.ones(features))
         self.seconds = seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = _Sleep.apply(self.linear(x), self.seconds)  # type: ignore[no-untyped-call]
+        h: Tensor = _Sleep.apply(self.weight * x, self.seconds)  # type: ignore[no-untyped-call]
         return h
 
 

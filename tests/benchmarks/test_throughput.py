@@ -125,6 +125,20 @@ def test_what_only_emulated_links_have_is_refused_elsewhere(
     assert f"--links {links}: its links are as they are" in capsys.readouterr().err
 
 
+def test_what_only_emulated_computation_has_is_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--features", "128", "--table"])
+    assert ended.value.code == 2 and "--features 128: real stages have their own" in capsys.readouterr().err
+
+
+def test_a_condition_is_read_as_it_was_written_and_one_of_old_has_no_features(tmp_path: Path) -> None:
+    condition = Condition(2, Link(delay=0.1), 0.02, ((1, 2.0),), 128)
+    assert str(condition) == "K = 2, 100 ms, compute sleep=20ms, stage 1 2 x slower, 128 features"
+    text = Record("local", condition, 1, 0, [], "emulated", "today").to_json()
+    assert Record.from_json(text).condition == condition
+    assert Record.from_json(text.replace(', "features": 128', "")).condition == replace(condition, features=64)
+
+
 def test_a_table_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--table", "--out", str(tmp_path / "new")]) == 0
     assert "Nothing has been measured yet." in capsys.readouterr().out
