@@ -158,6 +158,7 @@ def idle(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
     neighbour must connect anew meanwhile, and all go on."""
     link = _link(pipeline, stage)
     endpoint, held = pipeline.endpoint(link), list[socket.socket]()
+    pipeline.until("the stage has a process", lambda: pipeline.pid(link) is not None)
 
     def beside_them() -> bool:
         closed = [one for one in held if not strangers.still_open(one)]
@@ -167,7 +168,7 @@ def idle(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
         held.extend(strangers.silent(endpoint, SILENT - len(held)))
         return time.time() > event.begin + HOLDS and all(pipeline.begun(k) > last for k in range(pipeline.stages))
 
-    with _few_files(pipeline.pid(link) or 0):
+    with _few_files(pipeline.pid(link)):
         event, last = Event(link, time.time(), time.time()), pipeline.last()
         beside_them()
         pipeline.cables[link].cut()
@@ -180,11 +181,14 @@ def idle(pipeline: Pipeline, stage: int, rng: random.Random) -> Event:
 
 
 @contextlib.contextmanager
-def _few_files(pid: int) -> Iterator[None]:
+def _few_files(pid: int | None) -> Iterator[None]:
+    assert pid  # 0 would be this process
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (FILES, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
-    yield
-    with contextlib.suppress(ProcessLookupError):  # it may be another one by now
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it may be another one by now
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
 def _link(pipeline: Pipeline, stage: int) -> int:
