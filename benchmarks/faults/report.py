@@ -95,8 +95,8 @@ class Results:
         return [*["loss"] * (sigmas is not None and abs(sigmas) > SIGMAS), *["memory"] * over]
 
     def good(self, row: Row) -> bool:
-        """Sound, and not outside but for a reason that is known beforehand."""
-        return row.sound and not (self.outside(row) and not FAULTS[row.fault].known)
+        """Sound, and not outside but for a reason that is known."""
+        return row.sound and all(what in FAULTS[row.fault].known for what in self.outside(row))
 
 
 def table(results: Results) -> str:
@@ -104,9 +104,9 @@ def table(results: Results) -> str:
     rows = [results.rows[name] for name in FAULTS if name in results.rows]
     lines = [cells(row, results) for row in rows]
     known = [
-        f"- **{row.fault}**, {' and '.join(outside)} not within: {FAULTS[row.fault].known or 'no reason is known'}.\n"
+        f"- **{row.fault}**, {what} not within: {FAULTS[row.fault].known.get(what, 'no reason is known')}.\n"
         for row in rows
-        if (outside := results.outside(row))
+        for what in results.outside(row)
     ]
     return f"# A pipeline under faults\n\n{_origin(rows)}\n{markdown(HEAD, lines)}\n{''.join(known)}{NOTE}"
 

@@ -41,7 +41,7 @@ class Fault:
         lacks: what this machine lacks for it. hosts: the stages are hosts of their own.
         small: the stages' folders are small file systems. stepping: their clocks can be set. quiet: no stage may be
             taken for gone. attack: somebody sits on the links. locked: with keys. hung, silence: settings, seconds.
-        known: why its loss or memory is not that of undisturbed runs, where that is of its nature.
+        known: "loss" or "memory" -> why it is not that of undisturbed runs, where the reason is known.
     """
 
     make: Make
@@ -55,7 +55,7 @@ class Fault:
     locked: bool = False
     hung: float = 6.0
     silence: float = 2.0
-    known: str = ""
+    known: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,7 +100,10 @@ FAULTS: dict[str, Fault] = {
     "exception in forward": Fault(processes.ordered("exception"), 10),
     "segmentation fault": Fault(processes.ordered("segmentation fault"), 10),
     "out of memory": Fault(
-        processes.out_of_memory, 10, processes.no_groups, known="the fault itself is to take all the memory there is"
+        processes.out_of_memory,
+        10,
+        processes.no_groups,
+        known={"memory": "the fault itself is to take all the memory there is"},
     ),
     "SIGTERM": Fault(processes.ask_to_end, 20),
     "second process of a stage": Fault(processes.second_process, 10),
@@ -117,7 +120,7 @@ FAULTS: dict[str, Fault] = {
     "kill -9 while saving": Fault(
         disks.kill_while_saving,
         20,
-        known="kills hit one stage after another at short distances, so the last one has trained half of the batches",
+        known={"loss": "kills hit one stage after another within seconds, so the last one has half of the batches"},
     ),
     "own state damaged": Fault(disks.damaged, 20),
     "clock steps of ± 288 s": Fault(clocks.step, 15, clocks.no_library, stepping=True, quiet=True),
@@ -132,13 +135,13 @@ FAULTS: dict[str, Fault] = {
         attacks.many_frames,
         10,
         attack=True,
-        known="libzmq holds the frames of a message until the last of them is there",
+        known={"memory": "libzmq holds the frames of a message until the last of them is there"},
     ),
     "flood of malformed frames for 5 s": Fault(
         attacks.flood,
         10,
         attack=True,
-        known="libzmq holds a queue of them, some of very many frames, until their turn; ten take no more than two",
+        known={"memory": "libzmq holds a queue of them, some of very many frames; ten floods take no more than two"},
     ),
     "100 half-open connections": Fault(attacks.half_open, 10, attacks.no_repair, attack=True),
     "400 silent connections, 128 files": Fault(attacks.idle, 10, attack=True),
