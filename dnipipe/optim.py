@@ -47,7 +47,8 @@ def in_one_kernel(kind: type[torch.optim.Adam], parameters: Iterable[Parameter],
 def untraced(kind: type[Kind]) -> type[Kind]:
     """The same optimizer, without what torch has around its methods for torch.compile, which is not used on them.
 
-    That imports the compiler at the first call: a second and 40 MB in every process.
+    That imports the compiler at the first call: a second and 40 MB in every process. (An optimizer that a user's own
+    factory makes does so all the same.)
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
