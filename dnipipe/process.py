@@ -50,7 +50,7 @@ def guarded(
             handler.record_exception(type(error)(line) if expected else error)
         if LAUNCHED not in os.environ:
             where = f"stage {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            print(f"dnipipe: {where}{line}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"dnipipe: {where}{line}\n")  # in one piece: others write here too
         return error.exit_status if isinstance(error, DnipipeError) else 1, folder
 
 

@@ -176,7 +176,7 @@ class _Watch:
 
 
 def _say(stage: int, line: str) -> None:
-    print(f"stage {stage}: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"stage {stage}: {line}\n")  # in one piece: others write here too
 
 
 # -- its state ---------------------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def supervise(
             lived = time.monotonic() - began
             wait = 0.0 if lived > CALM else wait
             causes = [cause for cause in (_cause(status), stood(lived)) if cause]
-            print(f"stage {stage}: {'; '.join(causes)}; {_next(left, wait)}", file=sys.stderr, flush=True)
+            # in one piece: others write here too
+            sys.stderr.write(f"stage {stage}: {'; '.join(causes)}; {_next(left, wait)}\n")
             if left:
                 Event().wait(wait)  # which a signal ends
             wait = min(LONGEST, max(1.0, 2 * wait))

@@ -35,7 +35,8 @@ run = dnipipe.Run(model, stages=2, loss=F.cross_entropy, optimizer=lambda p: tor
 summary = run.fit(list(zip(x.split(8), y.split(8), strict=True)))
 if {dies} and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
     os.kill(os.getpid(), 9)
-print("behind fit:", sum(p.isfinite().all().item() for p in run.model().parameters()), "tensors", flush=True)
+finite = sum(p.isfinite().all().item() for p in run.model().parameters())
+sys.stdout.write(f"behind fit: {{finite}} tensors\\n")  # in one piece, since the other rank writes too
 """
 
 
