@@ -10,13 +10,15 @@ from dataclasses import replace
 from benchmarks.cells import ROOT
 from benchmarks.command import add_options, carry_out
 from benchmarks.learning.report import LearningStudy
-from benchmarks.learning.study import OF_BLEND, OF_LESSONS, QUICK, Axes
+from benchmarks.learning.study import OF_BLEND, OF_HEADS, OF_LESSONS, OF_REMEDIES, QUICK, Axes
 
 RESULTS = ROOT / "benchmarks" / "learning" / "results"
 STUDIES = {  # besides the whole grid: the word that asks for it, what it crosses, where it goes
     "quick": (QUICK, ROOT / "runs" / "learning-quick"),
     "blend": (OF_BLEND, RESULTS.with_name("blend")),
     "lessons": (OF_LESSONS, RESULTS.with_name("lessons")),
+    "heads": (OF_HEADS, RESULTS.with_name("heads")),
+    "remedies": (OF_REMEDIES, RESULTS.with_name("remedies")),
 }
 
 
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("quick", "under five minutes, to see that it works: no comparison"),
         ("blend", "what each of the settings that blend begins with brings"),
         ("lessons", "what each lesson of a synthetic gradient's head brings"),
+        ("heads", "what it brings that a head sees or is taught more"),
+        ("remedies", "what others do about late gradients"),
     ):
         kind.add_argument(f"--{name}", action="store_const", const=name, dest="study", help=told)
     parser.add_argument("--task", nargs="+", dest="tasks", choices=full.tasks, help="a part of the grid")

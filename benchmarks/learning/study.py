@@ -81,8 +81,19 @@ LESSONS = {  # synthetic with another lesson for its head (dnipipe/lessons.py): 
     "synthetic-lr-1e-3": ("--predictor.lr", "1e-3"),
     "synthetic-lr-1e-2": ("--predictor.lr", "1e-2"),
 }
+HEADS = {  # what a head sees or is taught by besides its own loss (dnipipe/heads.py): what each of them brings
+    "local-similar": Rule(("--rule.name", "local", "--predictor.similarity", "0.5"), late=False, tuned_as="local"),
+    "synthetic-position": Rule((*RECOMMENDED, "--predictor.position", "true"), tuned_as="synthetic"),
+    "synthetic-attention": Rule((*RECOMMENDED, "--predictor.attention", "4"), tuned_as="synthetic"),
+}
+REMEDIES = {  # what others do about a gradient that is late, each with the same budget of rates
+    "delayed-stash": Rule((*DELAYED, "--rule.stash", "true")),
+    # λ: g² of a mean over 16 x 32 bytes is, where noise is most of it, a 512th of what one byte's would be
+    "delayed-compensated": Rule((*DELAYED, "--rule.stash", "true", "--rule.compensate", "512")),
+    "delayed-rescheduled": Rule((*DELAYED, "--rule.reschedule", "400")),
+}
 MAIN = tuple(RULES)
-RULES |= VARIANTS
+RULES |= VARIANTS | HEADS | REMEDIES
 RULES |= {name: Rule((*RECOMMENDED, *words), tuned_as="synthetic") for name, words in LESSONS.items()}
 IMAGES = {"linear": ("conv", "0"), "mlp": ("conv", "1")}  # predictor -> its kind and hidden layers for a CNN
 
@@ -138,13 +149,21 @@ TASKS = {
         head=("--predictor.hidden", "1"),
     ),
 }
+MAIN_TASKS = tuple(TASKS)
+TASKS["first"] = Task(
+    "benchmarks/learning/first.toml",
+    figure="loss",
+    rates=("5e-4", "1e-3", "4e-3"),
+    search=(),  # in full: the run with the best rate is seed 0's of the table
+    quick=("--train.batches", "60"),
+)
 
 
 @dataclass(frozen=True)
 class Axes:
     """What is crossed with what."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = MAIN_TASKS
     rules: tuple[str, ...] = MAIN
     stages: tuple[int, ...] = (2, 4, 8)
     delays: tuple[int, ...] = (0, 2, 8)
@@ -153,6 +172,8 @@ class Axes:
 
 OF_BLEND = Axes(tasks=("mnist-cnn",), rules=("sync", "blend", *VARIANTS, "blend-10"), stages=(STAGES,), delays=(2, 8))
 OF_LESSONS = replace(OF_BLEND, rules=("sync", "synthetic", *LESSONS))
+OF_HEADS = Axes(("first",), ("sync", "local", "synthetic", *HEADS), stages=(STAGES,), delays=(2,))
+OF_REMEDIES = replace(OF_HEADS, rules=("sync", "delayed", *REMEDIES, "delayed-4", "delayed-ahead"))
 QUICK = Axes(rules=("sync", "local-1", "delayed", "synthetic"), stages=(4,), delays=(0, 8), seeds=(0,))
 
 
@@ -192,7 +213,7 @@ class Learning:
                 task,
                 {"rule": rule, "delay": delay, SEARCH: rate},
                 TASKS[task].config,
-                (*TASKS[task].search, *_words(task, rule, STAGES, delay, SEED), "--optimizer.lr", rate),
+                (*TASKS[task].search, *words_of(task, rule, STAGES, delay, SEED), "--optimizer.lr", rate),
             )
             for rate in TASKS[task].rates
         ]
@@ -214,14 +235,15 @@ class Learning:
         words = (
             *(TASKS[task].quick if self.quick else ()),
             *TASKS[task].models.get(stages, ()),
-            *_words(task, rule, stages, delay, seed),
+            *words_of(task, rule, stages, delay, seed),
             *("--optimizer.lr", rate or TASKS[task].rates[0]),
         )
         labels = {"rule": rule, "delay": delay, "stages": stages, "seed": seed}
         return Cell(task, labels, TASKS[task].config, words, waits=rate is None)
 
 
-def _words(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[str, ...]:
+def words_of(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[str, ...]:
+    """The settings of a run, but for its rate."""
     words = RULES[rule].words
     if TASKS[task].images and rule in IMAGES:
         kind, hidden = IMAGES[rule]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import Records
+from benchmarks.cells import ROOT, Records
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.report import LearningStudy
-from benchmarks.learning.study import OF_BLEND, OF_LESSONS, QUICK, SEARCH, TASKS, Axes
+from benchmarks.learning.study import OF_BLEND, OF_HEADS, OF_LESSONS, OF_REMEDIES, QUICK, SEARCH, TASKS, Axes
 from benchmarks.plots import draw
+from dnipipe.config import flat, load
 from tests.benchmarks.conftest import record
 
 LM = replace(Axes(), tasks=("lm",))
@@ -24,6 +25,8 @@ LM = replace(Axes(), tasks=("lm",))
         LearningStudy(),
         LearningStudy(OF_BLEND, OF_BLEND),
         LearningStudy(OF_LESSONS, OF_LESSONS),
+        LearningStudy(OF_HEADS, OF_HEADS),
+        LearningStudy(OF_REMEDIES, OF_REMEDIES),
         LearningStudy(QUICK, QUICK, quick=True),
     ],
 )
@@ -35,6 +38,13 @@ def test_every_cell_is_a_run_in_the_laboratory(study: LearningStudy, tmp_path: P
         assert config.transport.kind == "local" and config.train.batches > 0 and config.eval.sample in (0, 200)
         alone = str(cell.labels["rule"]).startswith("sync")
         assert config.pipeline.stages == (1 if alone else cell.labels.get("stages", 4))
+
+
+def test_the_task_first_is_the_run_without_a_file_but_for_what_it_shows_and_where_it_runs() -> None:
+    given, plain = dict(flat(load(ROOT / TASKS["first"].config))), dict(flat(load(None)))
+    assert {name for name in plain if given[name] != plain[name]} == {
+        *("eval.every", "eval.sample", "checkpoint.every", "transport.kind")
+    }
 
 
 def test_every_rule_has_the_same_budget(tmp_path: Path) -> None:
