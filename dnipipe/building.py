@@ -40,6 +40,7 @@ from dnipipe.stash import Graphs
 from dnipipe.sync import SyncStage
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.nccl import NcclTransport
+from dnipipe.trust import Trust
 from dnipipe.turns import Turns, Unanswered
 from dnipipe.unlocked import UnlockedStage
 from dnipipe.window import Window
@@ -244,7 +245,7 @@ def _learner(job: Job, edge: Edge, seed: int) -> Learner:
         lessons,
         settings.predictor.rows,
         careful=settings.train.on_nan == "skip",
-        trust=settings.rule.trust,
+        trust=Trust(settings.rule.trust, settings.rule.trust_length),
         lazily=settings.predictor.lazily,
     )
 

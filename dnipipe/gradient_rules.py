@@ -106,7 +106,7 @@ class Synthetic(GradientRule):
         warmup: batches during which the prediction is not trusted.
         meanwhile: what is done with a prediction that is not trusted. "wait" and "zero" only measure it, and true
             gradients travel all the way; the stage updates, late, with the one that arrived, or not at all. "local"
-            uses it, taught by its own loss alone. "scale" uses it times its likeness to what arrives, but LEAST.
+            uses it, taught by its own loss alone. "scale" uses a part of it, Trust.part, at least LEAST.
 
     Nor is it trusted while the learner's trust in it is lost (trust.py).
     """
@@ -125,7 +125,8 @@ class Synthetic(GradientRule):
         self.warmup = warmup
         self.meanwhile = meanwhile
         self.trust = learner.trust
-        self._distrusted: set[int] = set()  # batches whose prediction was not trusted, and whose gradient is not here
+        # batches whose prediction was not trusted, and whose gradient is not here -> the part of it that was used
+        self._distrusted: dict[int, float] = {}
 
     @classmethod
     def build(cls, config: Config, learner: Callable[[], Learner]) -> Synthetic:
@@ -135,11 +136,10 @@ class Synthetic(GradientRule):
     def now(self, batch: int, h: Tensor, y: Tensor) -> Use | None:
         guess = self.learner.guess(h, y)
         if batch <= self.warmup or not self.trust.good:
-            self._distrusted.add(batch)
+            part = self._distrusted[batch] = max(LEAST, self.trust.part) if self.meanwhile == "scale" else 1.0
             if self.meanwhile in ("wait", "zero"):
                 return Use(guess, update=False, send=False)
-            if self.meanwhile == "scale":
-                guess *= max(LEAST, self.trust.likeness or 0.0)
+            guess *= part
         return Use(guess, update=True, send=self.bp_lambda == 0)
 
     def arrived(
@@ -153,14 +153,14 @@ class Synthetic(GradientRule):
     def learnt(self, batch: int, h: Tensor, y: Tensor, g: Tensor | None, predicted: Tensor | None) -> Use | None:
         """The predictor learns, and so does the trust in it. A batch that has waited for g is finished with it."""
         meanwhile = self.meanwhile if batch in self._distrusted else ""
-        self._distrusted.discard(batch)
+        part = self._distrusted.pop(batch, 1.0)
         if g is None:
             return None
         if meanwhile != "local":
             self.learner.learn(h, y, g)
         if predicted is None:
             return None  # nothing was asked of this batch
-        self.trust.observe(predicted, g)
+        self.trust.observe(predicted / part if part < 1 else predicted, g)
         return Use(g, update=meanwhile == "wait", send=True) if meanwhile in ("wait", "zero") else None
 
 

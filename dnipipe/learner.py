@@ -23,7 +23,7 @@ class Learner:
         replay: what an arriving gradient is learnt from with.
         rows: the share of its samples that is; the first ones, since batches are shuffled.
         careful: learn nothing from a guess that is not finite, which on a GPU has to be waited for.
-        trust: cosine with what arrives below which the predictor is not trusted; -1: always trusted.
+        trust: in the predictor; without one, it is always trusted.
         lazily: what arrives is put off until `catch_up`; once so many are, the newest is learnt and the others never.
     """
 
@@ -34,14 +34,14 @@ class Learner:
         replay: Replay | None = None,
         rows: float = 1.0,
         careful: bool = False,
-        trust: float = -1.0,
+        trust: Trust | None = None,
         lazily: int = 1,
     ) -> None:
         self.predictor = predictor
         self.adam = in_one_kernel(torch.optim.Adam, predictor.parameters(), lr=lr)
         self.parameters: list[Tensor] = list(predictor.parameters())
         self.replay = replay or Replay()
-        self.rows, self.careful, self.trust = rows, careful, Trust(trust)
+        self.rows, self.careful, self.trust = rows, careful, trust or Trust()
         self.lazily, self.unlearnt = lazily, 0
         self.put_off: deque[tuple[Tensor, Tensor, Tensor]] = deque()  # (h, y, g), the oldest first
 

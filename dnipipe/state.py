@@ -53,7 +53,9 @@ def _trust_of(learner: Learner) -> dict[str, float]:
     """What a stage thinks of its predictor, so that one that was not trusted is not trusted again by a restart."""
     learner.trust.judge()
     seen = learner.trust.likeness
-    return {} if seen is None else {"likeness": seen, "trusted": float(learner.trust.good)}
+    if seen is None:
+        return {}
+    return {"likeness": seen, "length": learner.trust.length, "trusted": float(learner.trust.good)}
 
 
 def load_state(stage: Stage, state: StageState) -> None:
@@ -74,6 +76,7 @@ def load_state(stage: Stage, state: StageState) -> None:
         _load_learned(learner.predictor, learner.adam, state.predictor, state.predictor_optimizer, what)
         if (seen := state.counters.get("likeness")) is not None:
             learner.trust.likeness, learner.trust.good = seen, bool(state.counters["trusted"])
+            learner.trust.length = state.counters.get("length", 1.0)  # older checkpoints have none
     if isinstance(stage, UnlockedStage) and stage.inputs and state.inputs:
         weights = {name.partition(".")[2]: tensor for name, tensor in state.inputs.items()}
         moments = {name.partition(".")[2]: values for name, values in state.inputs_optimizer.items()}

@@ -104,7 +104,7 @@ def test_the_table_of_who_reads_what_is_what_they_read() -> None:
         RULES[name].build(SimpleNamespace(rule=noting, predictor=config.predictor), lambda: learner)  # type: ignore[arg-type]
         read[name] = noting.read
     for key, (readers, _) in READ_BY.items():
-        if key not in ("lookahead", "trust"):  # the optimizer's and the predictor's, which ask no rule
+        if key not in ("lookahead", "trust", "trust_length"):  # the optimizer's and the predictor's, which ask no rule
             assert {name for name in read if key in read[name]} == set(readers), key
     assert set.union(*read.values()) - READ_BY.keys() == {"correction"}
 

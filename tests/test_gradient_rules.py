@@ -39,7 +39,7 @@ from dnipipe.messages import Activation
 from dnipipe.phases import Phases
 from dnipipe.predictors import VFBN, Predictor
 from dnipipe.sometimes import Sometimes
-from dnipipe.trust import READ
+from dnipipe.trust import READ, Trust
 from tests.conftest import Line, make_stages
 
 H, Y, G = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [-1.0, 8.0]])
@@ -87,7 +87,7 @@ UNTRUSTED = (GUESS, False, False)  # only measured
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
     """As in a warm-up, batch by batch: what was asked before trust was lost is finished as it was begun."""
-    rule = Synthetic(Learner(Constant(), 0.1, trust=0.5), meanwhile="wait" if wait else "zero")
+    rule = Synthetic(Learner(Constant(), 0.1, trust=Trust(0.5)), meanwhile="wait" if wait else "zero")
     for batch in range(1, 1 + READ):
         use = rule.now(batch, H, Y)
         assert use is not None and use.update and use.send
@@ -100,7 +100,7 @@ def test_a_prediction_that_is_not_trusted_is_only_measured(wait: bool) -> None:
 
 def distrusted(meanwhile: str) -> tuple[Synthetic, Constant]:
     """A rule that has just found its predictions unlike what comes: a cosine of 0 with G − mean(G), over and over."""
-    rule = Synthetic(Learner(predictor := Constant(), 0.0, trust=0.5), meanwhile=meanwhile)
+    rule = Synthetic(Learner(predictor := Constant(), 0.0, trust=Trust(0.5)), meanwhile=meanwhile)
     for _ in range(READ):
         rule.trust.observe(GUESS, G - G.mean())
     assert not rule.trust.good
@@ -127,6 +127,16 @@ def test_a_prediction_that_is_not_trusted_may_be_used_in_part() -> None:
         assert same(use, (GUESS * part, True, True)) and use is not None
         assert rule.arrived(9, H, Y, G, use.g) is None
     assert len(predictor.taught) == 2
+
+
+def test_what_is_measured_of_a_prediction_used_in_part_is_all_of_it() -> None:
+    rule, _ = distrusted("scale")
+    before = rule.trust.length
+    for batch in range(9, 9 + READ):
+        use = rule.now(batch, H, Y)
+        assert use is not None
+        rule.arrived(batch, H, Y, G - G.mean(), use.g)
+    assert rule.trust.length == pytest.approx(before)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,17 @@ def test_a_predictor_that_was_not_trusted_is_not_trusted_again_by_a_resume(tmp_p
     assert same(*first)  # stage 0 was not trusted all the while
 
 
+def test_the_part_that_is_used_of_a_prediction_is_the_same_behind_a_resume(tmp_path: Path) -> None:
+    """Its cosine and its length are what the part is made of."""
+    wary = {"rule__name": "synthetic", "rule__trust": 0.99, "rule__warmup_rule": "scale", "checkpoint__every": 20}
+    train(tmp_path / "whole", **wary)
+    train(tmp_path / "cut", train__batches=20, **wary)
+    train(tmp_path / "cut", "--resume", str(tmp_path / "cut"), **wary)
+    assert same(*(checkpoint.weights(tmp_path / name) for name in ("whole", "cut")))
+    kept = checkpoint.at(tmp_path / "whole", 20).parts
+    assert max(part.counters.get("length", 0.0) for part in kept) > 1.05  # so it counts
+
+
 def test_another_optimizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run", train__batches=10)
     words = [f"--{k}={v}" for k, v in OURS.items()]

@@ -17,7 +17,8 @@ MAY = {
     "messages": "",
     "config": "errors",
     "disk": "errors",
-    "metrics": "disk errors",
+    "likeness": "",
+    "metrics": "disk errors likeness",
     "tracing": "disk errors",
     "fields": "messages errors",
     "codec": "messages errors fields",
@@ -33,7 +34,7 @@ MAY = {
     "nets": "",
     "predictors": "heads lessons",
     "kinds": "config errors heads lessons nets predictors",
-    "trust": "",
+    "trust": "likeness",
     "optim": "config errors",
     "finite": "",
     "learner": "finite lessons optim predictors trust",
@@ -71,7 +72,7 @@ MAY = {
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "beside config costs data errors execution gradient_rules inputs kinds last_stage learner lessons "
-    "metrics optim phases predictors randomness sometimes split stage staging started stash sync transport turns "
+    "metrics optim phases predictors randomness sometimes split stage staging started stash sync transport trust turns "
     "unlocked window wire",
     "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",

@@ -18,6 +18,7 @@ READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
     "warmup": (("blend", "synthetic", "local"), "it predicts nothing that must warm up"),
     "warmup_rule": (("blend", "synthetic"), "there is no prediction of what arrives that it might not trust"),
     "trust": (("synthetic", "blend"), "it uses no prediction of what arrives"),
+    "trust_length": (("synthetic", "blend"), "it uses no prediction of what arrives"),
     "bp_lambda": (("synthetic", "blend"), "it mixes no prediction with what arrives"),
     "stash": (("delayed", "blend"), "only rule.name = delayed and blend have a use for old weights"),
     "compensate": (("delayed",), "only rule.name = delayed makes up for a gradient's delay"),
@@ -71,7 +72,12 @@ def check_rules(config: Config) -> None:
 
 def waits(rule: Rule) -> bool:
     """Whether a prediction may be left alone until the gradient is here, which is then applied, late."""
-    return rule.warmup_rule == "wait" and (rule.warmup > 0 or rule.trust > -1)
+    return rule.warmup_rule == "wait" and may_distrust(rule)
+
+
+def may_distrust(rule: Rule) -> bool:
+    """Whether there may be predictions that are not used, in a warm-up or later."""
+    return rule.warmup > 0 or rule.trust > -1 or rule.trust_length > 0
 
 
 def shown(value: Any) -> str:

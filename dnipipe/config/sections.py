@@ -77,7 +77,7 @@ class Rule:
     warmup_rule: Literal["wait", "zero", "local", "scale"] = setting(
         "wait",
         "meanwhile: apply the true gradient, late; or none; or the prediction, taught by its own loss alone (vfbn); or "
-        "the prediction times its cosine with what arrives",
+        "a part of the prediction, its cosine with what arrives (and no longer than that)",
     )
     trust: float = setting(
         -1.0,
@@ -85,6 +85,9 @@ class Rule:
         "rule.warmup_rule says what is done meanwhile",
         low=-1.0,
         high=1.0,
+    )
+    trust_length: float = setting(
+        0.0, "the same for its length: |ĝ| / |g| above which a prediction is not used (0: however long it is)", low=0.0
     )
     p_update: float = setting(
         1.0, "probability with which a stage updates on a batch; each stage draws for itself", low=1e-3, high=1.0

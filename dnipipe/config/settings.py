@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dnipipe.config.rules import check_rules, phases, shown, waits
+from dnipipe.config.rules import check_rules, may_distrust, phases, shown, waits
 from dnipipe.config.sections import (
     PRESETS,
     Checkpoints,
@@ -126,7 +126,7 @@ class Config:
                 f"wire.gradient_rows = {wire.gradient_rows} with rule.bp_lambda = {rule.bp_lambda}: a gradient that "
                 "goes on to the stage before is needed whole; use rule.bp_lambda = 0"
             )
-        if wire.gradient_rows < 1 and rule.warmup_rule == "zero" and (rule.warmup or rule.trust > -1):
+        if wire.gradient_rows < 1 and rule.warmup_rule == "zero" and may_distrust(rule):
             raise ConfigError(
                 f"wire.gradient_rows = {wire.gradient_rows} with rule.warmup_rule = zero: meanwhile each gradient goes "
                 "on to the stage before, whole; use rule.warmup_rule = local or scale"

@@ -1,4 +1,4 @@
-"""What a stage measures about itself: sums of a run and of the time since the last reading, a likeness of gradients.
+"""What a stage measures about itself: sums of a run and of the time since the last reading.
 
 Tensors are kept as tensors until a number is asked for, so that no device is waited for in the hot loop.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dnipipe.likeness import dots, likeness
 from dnipipe.metrics.clock import LABELS, Clock, spending
 from dnipipe.metrics.memory import memory, peak_memory
 
@@ -75,7 +76,7 @@ class StageMetrics:
         self._all, self._lately = _Sums(), _Sums()  # before the last reading, and since
         self._uncompared = 0  # gradients still to come before the next that is compared
         self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
-        self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `likeness`
+        self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `_summed`
         self._loss: Tensor | float = 0.0  # 0-dim sum since the last reading
         self._inputs: Tensor | float = 0.0  # (2,) sum since the last reading, of `unexplained`
         self._before = self.clock.seconds(), self.clock.processor()
@@ -185,7 +186,7 @@ class StageMetrics:
     def _fold(self) -> None:
         """Many gradients at once, for small operations on tensors are dear one by one."""
         if self._dots:
-            self._likeness = self._likeness + likeness(torch.stack(self._dots))
+            self._likeness = self._likeness + _summed(torch.stack(self._dots))
             self._dots = []
 
     def _read(self) -> None:
@@ -201,22 +202,10 @@ class StageMetrics:
         self._likeness = self._loss = self._inputs = 0.0
 
 
-def dots(predicted: Tensor, g: Tensor) -> Tensor:
-    """(3,) of two gradients (B, D...): ĝ·g, ĝ·ĝ, g·g, over the whole tensors."""
-    wide = torch.promote_types(g.dtype, torch.float32)  # the squares of a float16 gradient would be zeros
-    a, b = predicted.detach().flatten().to(wide), g.detach().flatten().to(wide)
-    return torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)])
-
-
-def likeness(rows: Tensor) -> Tensor:
-    """(N, 3) rows of `dots` to (3,) sums: of cosines, of |ĝ| / |g|, and how many rows that is.
-
-    Left out: where g is zero, or one of the two not finite. A prediction of zero, as the paper's predictors begin with,
-    has cosine 0 and ratio 0.
-    """
-    length_a, length_b = rows[:, 1].sqrt(), rows[:, 2].sqrt()
-    cosine = rows[:, 0] / length_b / length_a.clamp_min(torch.finfo(rows.dtype).tiny)
-    found = torch.stack([cosine.clamp(-1, 1), length_a / length_b, torch.ones_like(cosine)], dim=1)
+def _summed(rows: Tensor) -> Tensor:
+    """(N, 3) rows of `dots` to (3,) sums: of cosines, of |ĝ| / |g|, and how many rows have both."""
+    cosines, ratios = likeness(rows)
+    found = torch.stack([cosines, ratios, torch.ones_like(cosines)], dim=1)
     return torch.where(found.isfinite().all(dim=1, keepdim=True), found, torch.zeros_like(found)).sum(dim=0)
 
 
