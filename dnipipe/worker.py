@@ -166,11 +166,14 @@ class Worker:
     def inbox(self) -> Iterator[Message]:
         """Messages for the stage, until nothing more is to come."""
         while not (self.stopping and self.stage.in_flight == 0):
-            message = self._next()
-            if isinstance(message, Stop):
-                self._stop(message)
-            elif message is not None and not self._is_final(message):
-                yield message
+            with self.metrics.clock.span("loop"):
+                message = self._next()
+                if isinstance(message, Stop):
+                    self._stop(message)
+                    continue
+                if message is None or self._is_final(message):
+                    continue
+            yield message
 
     def _next(self) -> Message | None:
         """The next message, if one comes before something else is due (a report, a limit)."""

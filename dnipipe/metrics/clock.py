@@ -1,7 +1,7 @@
 """Where a stage's time goes: every second has one owner.
 
-    unaccounted   receive   wait_input   receive   serialize   receive   forward   send   serialize   send   …
-    ──────────────┴─────────┴────────────┴─────────┴───────────┴─────────┴─────────┴──────┴───────────┴──────► time
+    loop   receive   wait_input   receive   serialize   receive   loop   keep   forward   send   serialize   …
+    ───────┴─────────┴────────────┴─────────┴───────────┴─────────┴──────┴──────┴─────────┴──────┴──────────► time
 
 That is, by construction: the innermost open span of the clock, and outside of all spans "unaccounted".
 """
@@ -17,8 +17,9 @@ from types import TracebackType
 WORK = ("forward", "backward", "predictor", "loss", "optimizer", "device", "data", "evaluation", "checkpoint")
 # for a batch, for room in a full window, for room in a full queue, and for the last answers behind the last batch
 WAITS = ("wait_input", "wait_window", "wait_send", "wait_end")
-# what the pipeline costs on top; "keep" is what else a stage does with a batch: tensors kept until g comes, and freed
-OVERHEAD = ("serialize", "send", "receive", "keep", "report", "unaccounted")
+# what the pipeline costs on top; "keep" is what else a stage does with a batch: tensors kept until g comes, and freed;
+# "loop" finds out what comes next: what is due, whether there is room, from where
+OVERHEAD = ("serialize", "send", "receive", "keep", "loop", "report", "unaccounted")
 LABELS = (*WORK, *WAITS, *OVERHEAD)
 
 Record = Callable[[str, float, float, int], None]  # label, begin, end (seconds of the clock), batch id or 0
@@ -58,9 +59,10 @@ class Clock:
     ) -> None:
         self.now, self.worked = now, worked
         self.batch = 0  # the batch that what is done now belongs to, 0: none; only a trace asks
-        self.record: Record | None = None  # told of each stretch of time that had one owner, "unaccounted" left out
+        self.record: Record | None = None  # told of each stretch of time that had one owner but `_between`
         self._spans = {label: Span(self, label) for label in LABELS}
         self._nobody = self._spans["unaccounted"]
+        self._between = (self._nobody, self._spans["loop"])  # microseconds between two others
         self.restart()
 
     def span(self, label: str) -> Span:
@@ -80,7 +82,7 @@ class Clock:
         owner = self.open[-1]
         owner.seconds += now - self._since
         owner.processor += worked - self._worked_since
-        if self.record is not None and owner is not self._nobody:
+        if self.record is not None and owner not in self._between:
             self.record(owner.label, self._since, now, self.batch)
         self._since, self._worked_since = now, worked
 
