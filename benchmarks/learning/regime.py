@@ -21,7 +21,7 @@ from benchmarks.tables import average, entry, markdown
 BATCHES, RATES, DELAYS, SEEDS = (4, 16, 64), ("1e-3", "4e-3"), (0, 2, 8), (0, 1, 2)
 COMPARED = ("sync", "local", "blend-0", "blend")  # blend-0: as it was before it looked ahead, and mended by halves
 UPDATES = ("--train.batches", "800", "--eval.every", "0")  # as many for each, whatever their size
-FOLDER = ROOT / "benchmarks" / "learning" / "regime"
+FOLDER = ROOT / "benchmarks" / "learning" / "regimes"
 
 
 @dataclass(frozen=True)

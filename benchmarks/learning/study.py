@@ -15,7 +15,8 @@ STAGES, SEED = 4, 0  # of the runs that choose a rate
 SEARCH = "rate"  # the label of such a run
 
 # What `synthetic` is recommended with; the one place to change when research goes on.
-RECOMMENDED = ("--rule.name", "synthetic", "--predictor.hidden", "1")
+HIDDEN = ("--predictor.hidden", "1")
+RECOMMENDED = ("--rule.name", "synthetic", *HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Rule:
 SYNTHETIC = ("--rule.name", "synthetic")
 DELAYED = ("--rule.name", "delayed")
 BLEND = ("--rule.name", "blend")
+LOCAL = ("--rule.name", "local")
+ATTENTION = ("--predictor.attention", "4")
 BARE = (
     *("--rule.bp_lambda", "0", "--rule.correction", "1", "--rule.lookahead", "0", "--rule.stash", "false"),
     *("--predictor.matching", "0.1"),
@@ -46,8 +49,8 @@ RULES = {
     "sync": Rule((), late=False),  # one stage, one process: plain autograd
     "sync-nadam": Rule(("--optimizer.name", "nadam"), late=False, tuned_as="sync"),  # lookahead helps backprop too
     "wait": Rule(("--rule.name", "wait"), late=False, tuned_as="sync"),  # exact backprop, bitwise
-    "local": Rule(("--rule.name", "local"), late=False),
-    "local-1": Rule(("--rule.name", "local", "--predictor.hidden", "1"), late=False),
+    "local": Rule(LOCAL, late=False),
+    "local-1": Rule((*LOCAL, *HIDDEN), late=False),
     "delayed": Rule(DELAYED),
     "delayed-4": Rule((*DELAYED, "--rule.accumulate", "4")),
     "delayed-ahead": Rule((*DELAYED, *AHEAD)),
@@ -82,9 +85,13 @@ LESSONS = {  # synthetic with another lesson for its head (dnipipe/lessons.py): 
     "synthetic-lr-1e-2": ("--predictor.lr", "1e-2"),
 }
 HEADS = {  # what a head sees or is taught by besides its own loss (dnipipe/heads.py): what each of them brings
-    "local-similar": Rule(("--rule.name", "local", "--predictor.similarity", "0.5"), late=False, tuned_as="local"),
+    "local-similar": Rule((*LOCAL, "--predictor.similarity", "0.5"), late=False, tuned_as="local"),
+    "local-hidden": Rule((*LOCAL, *HIDDEN), late=False, tuned_as="local"),
+    "local-attention": Rule((*LOCAL, *HIDDEN, *ATTENTION), late=False, tuned_as="local"),
     "synthetic-position": Rule((*RECOMMENDED, "--predictor.position", "true"), tuned_as="synthetic"),
-    "synthetic-attention": Rule((*RECOMMENDED, "--predictor.attention", "4"), tuned_as="synthetic"),
+    "synthetic-attention": Rule((*RECOMMENDED, *ATTENTION), tuned_as="synthetic"),
+    "blend-hidden": Rule((*BLEND, *HIDDEN), tuned_as="sync"),
+    "blend-attention": Rule((*BLEND, *HIDDEN, *ATTENTION), tuned_as="sync"),
 }
 REMEDIES = {  # what others do about a gradient that is late, each with the same budget of rates
     "delayed-stash": Rule((*DELAYED, "--rule.stash", "true")),
@@ -172,7 +179,7 @@ class Axes:
 
 OF_BLEND = Axes(tasks=("mnist-cnn",), rules=("sync", "blend", *VARIANTS, "blend-10"), stages=(STAGES,), delays=(2, 8))
 OF_LESSONS = replace(OF_BLEND, rules=("sync", "synthetic", *LESSONS))
-OF_HEADS = Axes(("first",), ("sync", "local", "synthetic", *HEADS), stages=(STAGES,), delays=(2,))
+OF_HEADS = Axes(("first",), ("sync", "local", "synthetic", "blend", *HEADS), stages=(STAGES,), delays=(2,))
 OF_REMEDIES = replace(OF_HEADS, rules=("sync", "delayed", *REMEDIES, "delayed-4", "delayed-ahead"))
 QUICK = Axes(rules=("sync", "local-1", "delayed", "synthetic"), stages=(4,), delays=(0, 8), seeds=(0,))
 
@@ -251,7 +258,7 @@ def words_of(task: str, rule: str, stages: int, delay: int, seed: int) -> tuple[
     if rule == "blend" and not delay:  # nothing is more than one update late: the same run as its own lookahead, 1
         words = (*words, *FAR)
     if rule.startswith("blend"):
-        words = (*words, *TASKS[task].head)
+        words = (*TASKS[task].head, *words)
     if rule.startswith("sync"):
         return (*words, "--pipeline.stages", "1", "--train.seed", str(seed))
     return (
