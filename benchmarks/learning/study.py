@@ -91,6 +91,7 @@ HEADS = {  # what a head sees or is taught by besides its own loss (dnipipe/head
     "synthetic-position": Rule((*RECOMMENDED, "--predictor.position", "true"), tuned_as="synthetic"),
     "synthetic-attention": Rule((*RECOMMENDED, *ATTENTION), tuned_as="synthetic"),
     "blend-hidden": Rule((*BLEND, *HIDDEN), tuned_as="sync"),
+    "blend-attention-0": Rule((*BLEND, *ATTENTION), tuned_as="sync"),  # and no hidden layer
     "blend-attention": Rule((*BLEND, *HIDDEN, *ATTENTION), tuned_as="sync"),
 }
 REMEDIES = {  # what others do about a gradient that is late, each with the same budget of rates
