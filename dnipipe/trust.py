@@ -64,8 +64,9 @@ class Trust:
             self._see(cosine if finite else -1.0, min(MOST, max(1 / MOST, length)) if finite else MOST)
         if self.likeness is not None:
             margin = 0.0 if self.good else MARGIN
+            like = self.threshold <= -1 or self.likeness >= self.threshold + margin
             short = not self.longest or self.length <= self.longest * (1 - margin)
-            self.good = short and self.likeness >= self.threshold + margin
+            self.good = like and short
 
     def _see(self, cosine: float, length: float) -> None:
         first = self.likeness is None

@@ -56,6 +56,12 @@ def test_what_is_too_long_is_not_trusted_however_well_it_points() -> None:
     assert shown(trust, 0.9, 4 * MEMORY, length=1.5)
 
 
+def test_without_a_threshold_of_its_own_the_cosine_may_be_anything() -> None:
+    trust = Trust(longest=2.0)
+    assert not shown(trust, -1.0, MEMORY, length=8.0)
+    assert shown(trust, -1.0, 4 * MEMORY, length=1.0)
+
+
 def test_a_length_just_below_the_longest_is_kept_but_does_not_come_back() -> None:
     between = 2.0 * (1 - MARGIN / 2)
     steady, fallen = Trust(longest=2.0), Trust(longest=2.0)
