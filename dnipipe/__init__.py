@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Run comes when it is asked for, and torch with it: a supervisor and a health check have no use for them."""
+    """Run comes when it is asked for, and torch with it: a health check has no use for them."""
     if name != "Run":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dnipipe.run import Run

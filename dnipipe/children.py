@@ -26,7 +26,7 @@ def launched(word: str, config: Config, run: Path, *options: str, debug: bool) -
 
     Raises SplitError, before any is started, if there are more stages than layers; ConfigError.
     """
-    with importing():  # torch comes with it, for which a supervisor or a health check has no use
+    with importing():  # torch comes with it, for which a health check has no use
         from dnipipe.launcher import launch
 
     check_layers(config)

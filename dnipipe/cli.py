@@ -21,6 +21,8 @@ from dnipipe.errors import ConfigError, DiskError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, begun, check_apart, newest_run
 from dnipipe.started import LAUNCHED, importing, is_worker
 
+STAGE = ("dnipipe.jobs", "dnipipe.process", "dnipipe.service.session")  # what an independent stage runs on
+
 NEWEST = "newest"
 
 
@@ -175,10 +177,10 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.index == 0 and not (run / "stage-0" / place.START).exists():
         check_apart(path, run)
     if not options.no_restart:
-        command = ["-m", "dnipipe", "stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
+        command = ["stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
         stood = partial(place.stood, run, options.index, config.service.hung)
-        command += ["--debug"] * options.debug
-        return supervisor.supervise(command, options.index, config.service.restarts, stood)
+        part = partial(main, command + ["--debug"] * options.debug)
+        return supervisor.supervise(part, options.index, config.service.restarts, stood, imports=STAGE)
     with importing():
         from dnipipe.jobs import job_of
         from dnipipe.process import guarded

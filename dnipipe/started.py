@@ -46,11 +46,12 @@ def importing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def unheard(*numbers: int) -> Iterator[None]:
     """Processes started within do not hear Ctrl-C, which a terminal sends to all: the workers of a DataLoader are to
     live until the run, which hears of it, has ended in order. This process hears of it behind the `with`.
+    `numbers`: of other signals in its place.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers or {signal.SIGINT})
     try:
         yield
     finally:

@@ -80,7 +80,7 @@ MAY = {
     "session": "agreement building checkpoint config data display errors gloo greeting head messages metrics opening "
     "rendezvous result stage state sync tracing transport worker",
     "service": "agreement building checkpoint codec config data errors expected greeting head keys messages metrics "
-    "opening session socket_file split stage state transport worker",
+    "opening session socket_file split stage started state transport worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",
@@ -208,7 +208,7 @@ def test_nothing_polls() -> None:
         assert not {name for name in calls if name.split(".")[-1] == "sleep"}, path
 
 
-def test_a_supervisor_and_a_health_check_do_without_torch() -> None:
-    """It takes a second of a core, and 200 MB, each time."""
+def test_a_health_check_does_without_torch() -> None:
+    """It takes a second of a core, and 200 MB, each time. A supervisor imports it once, by name, for its processes."""
     code = "import sys, dnipipe.cli, dnipipe.service.place, dnipipe.service.supervisor; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -73,7 +73,10 @@ class Results:
 
     def beside(self, row: Row) -> list[float]:
         """The losses of the undisturbed runs after as many batches."""
-        return [curve[row.loss[0]] for curve in self.undisturbed.values() if row.loss and row.loss[0] in curve]
+        return self.after(row.loss[0]) if row.loss else []
+
+    def after(self, batches: float) -> list[float]:
+        return [curve[batch] for curve in self.undisturbed.values() for batch in curve if batch == batches]
 
     def sigmas(self, row: Row) -> float | None:
         """How far its loss is above theirs, in their standard deviations; None without."""
@@ -104,7 +107,7 @@ def table(results: Results) -> str:
     rows = [results.rows[name] for name in FAULTS if name in results.rows]
     lines = [cells(row, results) for row in rows]
     known = [
-        f"- **{row.fault}**, {what} not within: {FAULTS[row.fault].known.get(what, 'no reason is known')}.\n"
+        f"- **{row.fault}**, {what} not within: {FAULTS[row.fault].known.get(what) or _unknown(row, what, results)}.\n"
         for row in rows
         for what in results.outside(row)
     ]
@@ -151,9 +154,24 @@ def _beside(row: Row, results: Results) -> str:
     if not losses:
         return MISSING
     if sigmas is None:
-        return f"{mean(losses):.3f} ({len(losses)})"
+        return _spread(losses)
     verdict = "**not within**" if "loss" in results.outside(row) else "within"
-    return f"{mean(losses):.3f} ± {stdev(losses):.3f} ({len(losses)}): {sigmas:+.1f} σ, {verdict}"
+    return f"{_spread(losses)}: {sigmas:+.1f} σ, {verdict}"
+
+
+def _spread(losses: Sequence[float]) -> str:
+    between = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+    return f"{mean(losses):.3f}{between} ({len(losses)})"
+
+
+def _unknown(row: Row, what: str, results: Results) -> str:
+    """And, of a loss, what may be worth knowing: the last stage has not had every batch of the first."""
+    evaluated = {batch for curve in results.undisturbed.values() for batch in curve}
+    if what != "loss" or not evaluated or not row.batches:
+        return "no reason is known"
+    near = min(evaluated, key=lambda batch: abs(batch - row.batches[-1]))
+    beside = f"undisturbed runs after {near}, about as many as the last stage has begun: {_spread(results.after(near))}"
+    return f"no reason is known ({beside})"
 
 
 def _limit(row: Row, results: Results) -> str:

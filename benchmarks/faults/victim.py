@@ -14,6 +14,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults import witness
@@ -38,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         witness.attend(options.config.parent / f"witness-{options.index}")
         arm(Path(config.output.run) / f"stage-{options.index}", options.rate if options.index == 0 else 0.0)
         return cli.main(["stage", str(options.config), "--index", str(options.index), "--no-restart"])
+    from dnipipe.cli import STAGE
     from dnipipe.service.supervisor import supervise
 
     own = [str(options.config), f"--index={options.index}", f"--rate={options.rate}", "--no-restart"]
-    return supervise(["-m", "benchmarks.faults.victim", *own], options.index, config.service.restarts)
+    return supervise(partial(main, own), options.index, config.service.restarts, imports=STAGE)
 
 
 def arm(folder: Path, rate: float) -> None:

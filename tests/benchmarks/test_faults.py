@@ -121,6 +121,8 @@ def test_loss_and_memory_are_held_against_undisturbed_runs(tmp_path: Path) -> No
     assert "2.400 ± 0.100 (3): +2.1 σ, **not within**" in table(results)
     for what in ("loss", "memory"):
         assert f"**hang**, {what} not within: no reason is known." in table(results)
+    row.batches = [800, 430]
+    assert "undisturbed runs after 400, about as many as the last stage has begun: 2.400 ± 0.100 (3))" in table(results)
     row.loss, row.peak = (400, 2.19), limits
     assert results.outside(row) == ["loss"]  # better is no undisturbed run's either
     of_its_nature = Row("kill -9 while saving", loss=(400, 2.7), peak=limits, stages=2, delivered=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,15 +71,22 @@ class Services:
                 )
 
     def pid(self, stage: int) -> int:
-        """Of the stage's own process, under its supervisor."""
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if str(self.config) in command and f"--index={stage}\0--no-restart" in command:
-                return int(entry.name)
+        """Of the stage's own process, under its supervisor, whose command it shares."""
+        above = self.supervisors[stage].pid
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                if f"PPid:\t{above}\n" in Path(f"/proc/{pid}/status").read_text():
+                    return pid
         raise AssertionError(f"stage {stage} has no process: {self.said[stage].read_text()}")
+
+    def pids(self) -> list[int]:
+        """Of all processes of the run, supervisors too."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if str(self.config) in (entry / "cmdline").read_bytes().decode(errors="replace"):
+                    found.append(int(entry.name))
+        return found
 
     def kill(self, stage: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid(stage), number)
@@ -115,11 +123,9 @@ class Services:
             except subprocess.TimeoutExpired:
                 one.kill()
                 one.wait()
-        for stage in range(3):
-            try:
-                self.kill(stage)
-            except (AssertionError, FileNotFoundError, ProcessLookupError):
-                continue
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

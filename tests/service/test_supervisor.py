@@ -1,12 +1,15 @@
-"""The supervisor: what is started again, when, and what ends it. Its stages are one-line programs."""
+"""The supervisor: what is started again, when, and what ends it. Its stages are a line each."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,11 @@ import pytest
 from dnipipe.service import supervisor
 from dnipipe.service.supervisor import supervise
 
-pytestmark = pytest.mark.processes
+pytestmark = [
+    pytest.mark.processes,
+    # pytest's process has threads by then; the supervisor's own has none
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 
 
 class Waits:
@@ -33,14 +40,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return Waits.asked
 
 
-def counting(path: Path, *statuses: str) -> list[str]:
-    """A program that ends with the first of these at its first start, with the second at its second, ..."""
-    code = (
-        f"import os, pathlib, signal; path = pathlib.Path({str(path)!r}); "
-        "n = len(path.read_text()) if path.exists() else 0; path.write_text('x' * (n + 1)); "
-        f"exec({list(statuses)!r}[n])"
-    )
-    return ["-c", code]
+def counting(path: Path, *ends: str) -> Callable[[], int]:
+    """Ends as the first of these says at its first start, as the second at its second, ..."""
+    return partial(_count, path, ends)
+
+
+def _count(path: Path, ends: Sequence[str]) -> int:
+    n = len(path.read_text()) if path.exists() else 0
+    path.write_text("x" * (n + 1))
+    exec(ends[n])
+    raise AssertionError(f"{ends[n]} did not end it")
 
 
 def starts(path: Path) -> int:
@@ -96,15 +105,53 @@ def test_restarts_are_used_up(tmp_path: Path, waits: list[float], capfd: pytest.
     assert "service.restarts is used up" in capfd.readouterr().err
 
 
+def test_a_stage_begins_as_any_process_does(tmp_path: Path) -> None:
+    """In a session of its own, with nobody else's handlers, and hearing every signal; so do all that follow it."""
+    notes = (
+        "import json; path.with_name(f'saw-{n}').write_text(json.dumps([os.getsid(0) == os.getpid(), "
+        "[str(signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)], list(signal.pthread_sigmask(0, [])), "
+        "os.environ['OMP_NUM_THREADS']])); os._exit(STATUS)"
+    )
+    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    assert supervise(counting(tmp_path / "n", notes.replace("STATUS", "1"), notes.replace("STATUS", "0")), 1, 5) == 0
+    new = [True, [str(signal.SIG_DFL), str(signal.default_int_handler)], [], os.environ["OMP_NUM_THREADS"]]
+    assert [json.loads((tmp_path / f"saw-{n}").read_text()) for n in range(2)] == [new, new]
+    assert {number: signal.getsignal(number) for number in own} == own
+
+
+@pytest.mark.skipif(not supervisor.FORKS, reason="here each process is a new interpreter")
+def test_what_takes_long_to_import_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "takes_long.py").write_text("import os; where = os.getpid()")
+    monkeypatch.syspath_prepend(tmp_path)
+    uses = "import takes_long; path.with_name(f'saw-{n}').write_text(str(takes_long.where)); os._exit(STATUS)"
+    part = counting(tmp_path / "n", uses.replace("STATUS", "1"), uses.replace("STATUS", "0"))
+    try:
+        assert supervise(part, 1, 5, imports=["takes_long"]) == 0
+    finally:
+        sys.modules.pop("takes_long", None)
+    assert [(tmp_path / f"saw-{n}").read_text() for n in range(2)] == [str(os.getpid())] * 2
+
+
+SLEEPS = """
+import os, pathlib, signal, sys, time
+from dnipipe.service.supervisor import supervise
+
+def stage():
+    pathlib.Path({path!r}).write_text(str(os.getpid()))
+    time.sleep(60)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs this may ignore it
+    sys.exit(supervise(stage, 1, 5))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_wish_to_end_is_passed_on_and_nothing_stays(tmp_path: Path, number: int) -> None:
     """SIGHUP is one: the terminal was closed."""
-    stage = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); " + (
-        "time.sleep(60)"
-    )
-    code = f"import sys; from dnipipe.service.supervisor import supervise; sys.exit(supervise(['-c', {stage!r}], 1, 5))"
-    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {code}"  # whoever runs this may ignore it
-    process = subprocess.Popen([sys.executable, "-c", code])
+    program = tmp_path / "program.py"
+    program.write_text(SLEEPS.format(path=str(tmp_path / "pid")))
+    process = subprocess.Popen([sys.executable, program])
     try:
         deadline = time.monotonic() + 30
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
