@@ -18,6 +18,7 @@ from benchmarks.cells import Cell, Record
 from dnipipe.config import Config
 
 POINTS = 40  # of a curve in a record
+OVERHEAD = ("serialize", "send", "receive", "keep", "loop", "report", "unaccounted")  # as docs/files.md has it
 MEANS = ("cosine", "norm_ratio", "staleness", "at_once")
 
 

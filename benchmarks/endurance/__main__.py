@@ -20,12 +20,11 @@ from typing import Any
 
 from benchmarks.cells import ROOT
 from benchmarks.command import VARIABLES
-from benchmarks.figures import processor
+from benchmarks.figures import OVERHEAD, processor
 from benchmarks.tables import markdown
 
 RESULTS = ROOT / "benchmarks" / "endurance" / "results"
 PARTS = 10
-OVERHEAD = ("serialize", "send", "receive", "keep", "loop", "report", "unaccounted")  # as docs/files.md has it
 SETTINGS = (
     *("--data.name", "mnist", "--data.batch", "8", "--model.name", "mlp", "--model.layers", "3", "--model.width", "16"),
     *("--pipeline.stages", "2", "--eval.sample", "0", "--output.every", "2", "--output.quiet", "true"),

@@ -6,8 +6,10 @@ import bisect
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.figures import OVERHEAD
 from benchmarks.throughput.window import Measured, Sample, between, sample
 from benchmarks.throughput.workload import Workload
 from dnipipe.process import guarded
@@ -44,7 +46,14 @@ def measured(lines: list[dict[str, float]], sampler: Sampler, total: int) -> Mea
     batches = sum(line["batches"] for line in late)
     stale = sum(line["staleness"] * line["batches"] for line in late) / batches if batches else None
     ends = sampler.at(first["time"]), sampler.at(last["time"])
-    return between(*ends, samples=sum(line["samples"] for line in counted[1:]), staleness=stale)
+    whole = between(*ends, samples=sum(line["samples"] for line in counted[1:]))
+    return replace(whole, staleness=stale, overhead=overhead(counted[1:]))
+
+
+def overhead(lines: list[dict[str, float]]) -> float:
+    """Seconds of the processor a batch, over these lines of metrics, that the stage's thread did not give the model."""
+    spent = sum(line[f"processor.{label}"] for line in lines for label in OVERHEAD)
+    return spent / sum(line["batches"] for line in lines)
 
 
 class Sampler:
@@ -74,4 +83,4 @@ class Sampler:
             self._samples.append(now)
 
 
-__all__ = ["run", "train"]
+__all__ = ["overhead", "run", "train"]

@@ -18,7 +18,8 @@ NOTE = (
     "all cores busy with the work of all stages; measured in turn with the systems. M: micro-batches in a step of a "
     "synchronous schedule, the best of those tried, at each delay. dnipipe updates after each micro-batch, a schedule "
     "after each step. Of "
-    f"more than {MANY} stages the lowest and the highest figure; idle time only of stages that compute. "
+    f"more than {MANY} stages the lowest and the highest figure; idle time only of stages that compute. Overhead: what "
+    "the processor did in the stage's own thread that is not the model's (docs/files.md), without waits. "
 )
 
 
@@ -29,7 +30,8 @@ def tables(records: Sequence[Record]) -> str:
         parts.append(f"## {_title(group[0])}")
         parts.append(_throughput(records, group))
         parts.append(_costs(records, group))
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+        parts.append(_overhead(records, group))
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def plots(records: Sequence[Record]) -> list[Plot]:
@@ -114,6 +116,21 @@ def _costs(records: Sequence[Record], group: Sequence[Condition]) -> str:
             late = _by_stage(runs, lambda rank: rank.staleness, "{:.1f}")
             rows.append([f"`{system}`", idle, sent, memory, late])
     return markdown(head, rows)
+
+
+def _overhead(records: Sequence[Record], group: Sequence[Condition]) -> str:
+    """At each delay; "" where nothing of it was noted, as of a schedule."""
+    rows = []
+    for system in _systems(records, group):
+        found = [_by_stage(_of(records, system, condition), _own, "{:.2f}") for condition in group]
+        if set(found) != {MISSING}:
+            rows.append([f"`{system}`", *found])
+    head = ["overhead by stage, ms a batch", *(_delay(records, condition) for condition in group)]
+    return markdown(head, rows) if rows else ""
+
+
+def _own(rank: Measured) -> float | None:
+    return None if rank.overhead is None else 1000 * rank.overhead
 
 
 def _idle(rank: Measured) -> float:

@@ -34,6 +34,7 @@ class Measured:
     sent: float | None  # bytes
     memory: float  # largest resident size of the process so far, MiB
     staleness: float | None = None  # updates, mean
+    overhead: float | None = None  # seconds of the processor a batch that are not the model's
 
 
 class Window:
@@ -49,10 +50,10 @@ class Window:
         self.measured = between(self._began, sample(), samples)
 
 
-def between(first: Sample, last: Sample, samples: float, staleness: float | None = None) -> Measured:
+def between(first: Sample, last: Sample, samples: float) -> Measured:
     sent = None if first.sent is None or last.sent is None else last.sent - first.sent
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Measured(samples, last.wall - first.wall, last.processor - first.processor, sent, memory, staleness)
+    return Measured(samples, last.wall - first.wall, last.processor - first.processor, sent, memory)
 
 
 __all__ = ["Measured", "Sample", "Window", "between", "sample"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.endurance.__main__ import OVERHEAD, SETTINGS, report, run
+from benchmarks.endurance.__main__ import SETTINGS, report, run
+from benchmarks.figures import OVERHEAD
 from dnipipe.metrics import LABELS
 
 MNIST = os.environ.get("DNIPIPE_MNIST", "")

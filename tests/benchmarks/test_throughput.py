@@ -15,14 +15,17 @@ import pytest
 
 from benchmarks.cells import ROOT
 from benchmarks.emulator import Link
+from benchmarks.figures import OVERHEAD
 from benchmarks.relay import free_port
 from benchmarks.throughput import study
 from benchmarks.throughput.__main__ import main
+from benchmarks.throughput.decoupled import overhead
 from benchmarks.throughput.places import Here, RunFailed
 from benchmarks.throughput.rank import Order
 from benchmarks.throughput.report import tables
-from benchmarks.throughput.study import Condition, Record, Study, limit, load
+from benchmarks.throughput.study import RULES, Condition, Record, Study, limit, load
 from benchmarks.throughput.window import Measured
+from dnipipe.metrics import LABELS
 
 
 class Invented:
@@ -39,7 +42,10 @@ class Invented:
         rate = {"alone": 100.0, "dnipipe": 90.0}.get(
             order.system, 50.0 - abs(order.microbatches - 8) - 100 * link.delay
         )
-        return [Measured(rate * 2, 2.0 * (1 + 0.25 * each.stage), 1.5, 4096.0 * rate, 400.0, 2.5) for each in orders]
+        own = 0.001 + link.delay / 100 if order.system == "dnipipe" else None
+        return [
+            Measured(rate * 2, 2.0 * (1 + 0.25 * each.stage), 1.5, 4096.0 * rate, 400.0, 2.5, own) for each in orders
+        ]
 
 
 CONDITIONS = (Condition(2), Condition(2, Link(delay=0.1)))
@@ -106,6 +112,13 @@ def test_the_tables_have_shares_ratios_and_costs(two_cores: None) -> None:
     assert "| `1f1b` | 50.0 ± 0.0 (0.62), M = 8 | 40.0 ± 0.0 (0.50), M = 8 |" in text
     assert "| `local` : best schedule | 1.80 × | 2.25 × |" in text
     assert "| `local` | 25, 25 | 2, 2 | 400, 400 | 2.5, 2.5 |" in text
+    assert "| overhead by stage, ms a batch | 0 ms | 100 ms |" in text
+    assert "| `local` | 1.00, 1.00 | 2.00, 2.00 |" in text and "`1f1b` | –" not in text
+
+
+def test_overhead_is_a_batchs_and_all_that_is_not_the_models() -> None:
+    lines = [{"batches": n, **{f"processor.{label}": n * 1e-4 for label in LABELS}} for n in (1.0, 3.0)]
+    assert overhead(lines) == pytest.approx(1e-4 * len(OVERHEAD))
 
 
 def test_a_link_between_real_hosts_is_not_said_to_have_no_delay(two_cores: None) -> None:
@@ -162,6 +175,7 @@ def test_real_ranks_of_schedules_and_of_dnipipe(
     records = load(tmp_path / "records.jsonl")
     assert [(r.system, len(r.ranks)) for r in records] == [(system, 2) for system in ("alone", *systems)]
     assert all(rank.samples > 0 and rank.memory > 50 for r in records for rank in r.ranks)
+    assert all((rank.overhead or 0) > 0 for r in records if r.system in RULES for rank in r.ranks)
     assert "compute sleep=3ms" in capsys.readouterr().out
 
 
