@@ -56,6 +56,17 @@ def starts(path: Path) -> int:
     return len(path.read_text())
 
 
+def test_where_it_cannot_fork_each_process_is_a_new_interpreter(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(supervisor, "FORKS", False)
+    monkeypatch.setattr(supervisor, "CALM", 0.5)  # which is known here only
+    saw = "path.with_name('saw').write_text(str(supervisor.CALM)); os._exit(0)"
+    assert supervise(counting(tmp_path / "n", "os.kill(os.getpid(), signal.SIGKILL)", saw), 1, 5) == 0
+    assert starts(tmp_path / "n") == 2 and (tmp_path / "saw").read_text() == "10.0"
+
+
 @pytest.mark.parametrize("status", [0, 2, 3])
 def test_a_status_that_is_final_ends_it(tmp_path: Path, waits: list[float], status: int) -> None:
     assert supervise(counting(tmp_path / "n", f"os._exit({status})"), 1, 5) == status
