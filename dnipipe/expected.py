@@ -139,8 +139,10 @@ DEMANDS: dict[type[nn.Module], Callable[[Any], dict[int, int]]] = {
 def demanded(module: nn.Module, dtype: str, shape: Sequence[int]) -> dict[int, int]:
     """The sizes that the module's input must have, whatever the batch, for a batch of this dtype and shape.
 
-    Those that the parameters of a layer demand which takes the input as it came. Found with a copy whose tensors hold
-    no data (torch's meta device), so that nothing is computed and the module stays as it is. {} if nobody knows.
+    Those that the parameters of a layer demand, the first that takes the input as it came. Found with a copy whose
+    tensors hold no data (torch's meta device), so that nothing is computed and the module stays as it is; and no
+    further than to that layer, for torch imports its compiler to know what many a layer makes of such a tensor, which
+    takes seconds. {} if nobody knows.
     """
     found: dict[int, int] = {}
     x = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
@@ -148,6 +150,8 @@ def demanded(module: nn.Module, dtype: str, shape: Sequence[int]) -> dict[int, i
     def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs and inputs[0] is x:
             found.update(DEMANDS[type(layer)](layer))
+            if found:
+                raise _Found
 
     try:
         twin = _without_data(module)
@@ -156,9 +160,13 @@ def demanded(module: nn.Module, dtype: str, shape: Sequence[int]) -> dict[int, i
                 layer.register_forward_pre_hook(look)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             twin(x)
-    except Exception:  # layers that want numbers, or a device: what was seen until then is so all the same
+    except Exception:  # found; or layers that want numbers, or a device
         return found
     return found
+
+
+class _Found(Exception):
+    """What was looked for: no more need be run."""
 
 
 def _without_data(module: nn.Module) -> nn.Module:

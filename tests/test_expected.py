@@ -4,6 +4,9 @@ layers can take.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
@@ -188,6 +191,16 @@ def test_built_in_models_demand_their_width(
     named = {"data": {"name": data, "root": "nowhere"} if data == "mnist" else {"name": data}}
     model = models.build(build({"model": {"name": name, "width": 32, "heads": 2}, "pipeline": {"stages": 2}} | named))
     assert demanded(model[1:], "float32", shape) == sizes
+
+
+def test_nobody_has_to_wait_for_torchs_compiler_meanwhile() -> None:
+    """To import it takes longer than all else that an independent stage does at its start."""
+    code = (
+        "import sys, torch.nn as nn; from dnipipe.expected import demanded; "
+        "demanded(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), 'float32', (8, 4)); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_other_sizes_than_those_may_change() -> None:
