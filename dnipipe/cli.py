@@ -21,7 +21,8 @@ from dnipipe.errors import ConfigError, DiskError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, begun, check_apart, newest_run
 from dnipipe.started import LAUNCHED, importing, is_worker
 
-STAGE = ("dnipipe.jobs", "dnipipe.process", "dnipipe.service.session")  # what an independent stage runs on
+# what an independent stage runs on; the last is what torch imports for the first backward from a known gradient
+STAGE = ("dnipipe.jobs", "dnipipe.process", "dnipipe.service.session", "torch.fx.experimental.symbolic_shapes")
 
 NEWEST = "newest"
 

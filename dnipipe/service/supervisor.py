@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from threading import Event
 from types import FrameType
@@ -71,7 +72,8 @@ def supervise(
     try:
         with importing():
             for module in imports if FORKS else ():
-                import_module(module)
+                with suppress(ImportError):  # what cannot be imported is missed, if at all, where it is used
+                    import_module(module)
         for left in range(restarts, -1, -1):
             began = time.monotonic()
             with unheard(*before):  # as long as the new process has this one's handlers, and this one does not know it

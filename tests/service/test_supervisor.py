@@ -137,7 +137,7 @@ def test_what_takes_long_to_import_is_imported_once(tmp_path: Path, monkeypatch:
     uses = "import takes_long; path.with_name(f'saw-{n}').write_text(str(takes_long.where)); os._exit(STATUS)"
     part = counting(tmp_path / "n", uses.replace("STATUS", "1"), uses.replace("STATUS", "0"))
     try:
-        assert supervise(part, 1, 5, imports=["takes_long"]) == 0
+        assert supervise(part, 1, 5, imports=["takes_long", "is_not_there"]) == 0
     finally:
         sys.modules.pop("takes_long", None)
     assert [(tmp_path / f"saw-{n}").read_text() for n in range(2)] == [str(os.getpid())] * 2
