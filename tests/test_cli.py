@@ -203,7 +203,7 @@ def test_so_does_a_stage_of_its_own_unless_the_file_is_its_runs(
     """The others of the run may be given that very file: only stage 0 writes."""
     monkeypatch.chdir(tmp_path)
     supervised: list[int] = []
-    monkeypatch.setattr(supervisor, "supervise", lambda _, stage, restarts, stood: supervised.append(stage) or 0)
+    monkeypatch.setattr(supervisor, "supervise", lambda _, stage, *__, **___: supervised.append(stage) or 0)
     run = tmp_path / "exp"
     run.mkdir()
     (run / "config.toml").write_text('# by hand\n[pipeline]\nstages = 2\n[service]\naddresses = ["127.0.0.1:7000"]\n')
