@@ -55,7 +55,7 @@ class Job:
     model: Callable[[], nn.Module]
     loss: Loss
     optimizer: OptimizerFactory
-    task: Callable[[], Task]  # called by stage 0 only
+    task: Callable[[], Task]  # called by stage 0, and by who draws batches itself (service/drawing.py)
     schedule: Callable[[int], float] | None = None  # None: as the configuration says
     script: bool = False  # a user's own (dnipipe.Run): weights are those of stage 0's model, not the seed's
 

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from dnipipe import checkpoint
 from dnipipe.config import Config, flat
-from dnipipe.data import Task, check_batch, length_of
+from dnipipe.data import Task, check_batch, drawn
 from dnipipe.display import Display
 from dnipipe.errors import DataError
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Message, Report, Saved, Stop
 from dnipipe.metrics import StageMetrics, TensorBoard
-from dnipipe.randomness import reseed
-from dnipipe.started import unheard
 
 
 class Head:
@@ -63,7 +61,7 @@ class Head:
 
     def script(self) -> Iterator[Message | None]:
         every_eval, every_save, saved = self.config.eval.every, self.config.checkpoint.every, self.start
-        for batch, x, y in self._batches():
+        for batch, x, y in drawn(self.task, self.config.train.seed, self.start, self.total):
             if self.interrupted:
                 break
             self.batch = batch
@@ -79,44 +77,6 @@ class Head:
             yield from self._evaluate(self.batch)
             yield from self._write_text()
         yield Stop(self.batch)
-
-    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(batch id, x, y) from where the run starts. What is drawn depends on the seed and the batch id alone."""
-        length = length_of(self.task.train)
-        epoch, skip = divmod(self.start, length) if length else (0, self.start)  # a stream is drawn from its start
-        batch = self.start - skip
-        while batch < self.total:
-            reseed(self.config.train.seed, "epoch", epoch)
-            begun = batch
-            with unheard():
-                drawn = iter(self.task.train)
-            while length is None or batch < begun + length:
-                batch += 1
-                reseed(self.config.train.seed, "data", batch)
-                pair = next(drawn, None)
-                if pair is None:
-                    self._ended(batch, batch - begun - 1, length)
-                    batch -= 1
-                    break
-                x, y = check_batch(pair, self.task.classes, batch)
-                if batch > self.start:
-                    yield batch, x, y
-                if batch == self.total:
-                    return
-            epoch += 1
-
-    def _ended(self, batch: int, drawn: int, length: int | None) -> None:
-        """An epoch's end, where its length was not known. Raises DataError if it was, or nothing was drawn."""
-        if length is not None:
-            raise DataError(
-                f"the training data ended at batch {batch}, though its length is {length}: its __len__ and its batches "
-                "disagree"
-            )
-        if not drawn:
-            raise DataError(
-                f"the training data ended before batch {batch} and begins no second time: pass what iter() starts "
-                "anew, as a DataLoader does, or set train.batches to what there is"
-            )
 
     def _evaluate(self, batch: int) -> Iterator[Message | None]:
         """All of the validation data, to the last sample, through the same stages."""

@@ -106,6 +106,11 @@ class Stage:
         """Batches sent on that the next stage has not answered: what the window limits."""
         return len(self.pending) + len(self.evaluating)
 
+    @property
+    def unanswered(self) -> set[int]:
+        """Training batches among them."""
+        return set(self.pending)
+
     def room(self, window: Window) -> bool:
         """Whether the next batch may come: the window has room, also for one as large as any before, and its rule
         allows it."""

@@ -41,6 +41,10 @@ class UnlockedStage(Stage):
     def in_flight(self) -> int:
         return super().in_flight + len(self.left_out)
 
+    @property
+    def unanswered(self) -> set[int]:
+        return super().unanswered | self.left_out
+
     def handle(self, message: Message) -> Iterator[Message]:
         return self.on_input(message) if isinstance(message, Input) else super().handle(message)
 

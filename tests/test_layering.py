@@ -54,7 +54,7 @@ MAY = {
     "split": "errors predictors",
     "costs": "gradient_rules split",
     "models": "config errors",
-    "data": "config errors",
+    "data": "config errors randomness started",
     "scaling": "",
     "execution": "config errors scaling",
     "window": "",
@@ -66,7 +66,7 @@ MAY = {
     "gloo": "errors rendezvous transport",
     "schedules": "errors metrics predictors",
     "sync": "config errors messages predictors randomness schedules split stage",
-    "head": "checkpoint config data display errors messages metrics randomness started",
+    "head": "checkpoint config data display errors messages metrics started",
     "greeting": "errors messages transport",
     "measured": "messages metrics tracing transport",
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
@@ -80,7 +80,7 @@ MAY = {
     "session": "agreement building checkpoint config data display errors gloo greeting head messages metrics opening "
     "rendezvous result stage state sync tracing transport worker",
     "service": "agreement building checkpoint codec config data errors expected greeting head keys messages metrics "
-    "opening session socket_file split stage started state transport worker",
+    "opening session socket_file split stage started state transport unlocked worker",
     "check": "building config messages metrics result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",

@@ -256,7 +256,10 @@ class Service:
         (), "dnipipe stage: HOST:PORT where each stage but the last listens for the one behind it"
     )
     unguided_batches: int = setting(
-        200, "batches that a stage trains by its predictor while the next stage is away; then it waits", low=0
+        200,
+        "batches that a stage trains by its predictor while the next stage is away; then it waits. With "
+        "rule.forward_unlock also by guesses, while the one before is",
+        low=0,
     )
     patience: float = setting(
         600.0, "seconds that a stage waits for an absent neighbour, then it ends", low=0.1, high=LONGEST

@@ -4,6 +4,7 @@
                                                      validation  in order, the held-out part
                      │ checks bytes once             both        every sample, the last batch shorter than the others
     check_batch(pair, classes, batch) ◄── each batch, a user's own too, before it is sent anywhere
+    drawn(task, seed, start, total)   ──► (id, x, y): what the run trains on, the same wherever it is drawn
 
 Samples stay bytes in memory, and become floats or int64 batch by batch.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from dnipipe.config import Config
 from dnipipe.data import cifar10, mnist, text
+from dnipipe.data.drawn import drawn
 from dnipipe.data.task import Batches, Samples, Task, check_batch, length_of
 from dnipipe.data.text import bigram, stdlib_files
 
@@ -34,4 +36,4 @@ def load(config: Config) -> Task:
     return LOADERS[config.data.name](config)
 
 
-__all__ = ["Batches", "Samples", "Task", "bigram", "check_batch", "length_of", "load", "stdlib_files"]
+__all__ = ["Batches", "Samples", "Task", "bigram", "check_batch", "drawn", "length_of", "load", "stdlib_files"]

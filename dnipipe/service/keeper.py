@@ -3,7 +3,8 @@
 next stage away     each batch under way, and each new one, is answered here: no gradient came. So the stage goes on
                     learning from its predictor, for at most `unguided` batches; then it takes no more until the
                     neighbour is back. Evaluations are answered as lost.
-stage before away   nothing comes: it waits. What it would send up is dropped; none of it is needed for ever.
+stage before away   nothing comes: it waits, or goes on with guesses (guessing.py). What it would send up is dropped;
+                    none of it is needed for ever.
 too long away       who has trained all that it may, and then waited for `patience`, ends, and so do all others.
 back                stage k tells k+1 the agreement again, and that the run has ended, if it has.
 at the end          a stage stays until stage 0 says farewell: who returns late must find what was already said.
@@ -31,6 +32,7 @@ from dnipipe.messages import (
     Evaluation,
     Farewell,
     Gradient,
+    Input,
     Message,
     Report,
     Stop,
@@ -67,6 +69,7 @@ class Keeper(Worker):
     """
 
     limit_name = "service.patience"
+    trained: type[Activation] | type[Input] = Activation  # what brings a batch to train on
 
     def __init__(
         self,
@@ -129,9 +132,9 @@ class Keeper(Worker):
     def _handle(self, message: Message) -> None:
         self._attend()  # now, while the stage knows exactly what is under way: a send in its middle only notes
         self.alive(self.pace.limit(type(message)))
-        trains = isinstance(message, Activation)
-        if isinstance(message, Activation):
-            self.ledger.begun(message.batch)
+        trains = isinstance(message, self.trained)
+        if isinstance(message, self.trained):
+            self._begin(message.batch)
             self.links.last = message.batch
         skipped = dict(self.metrics.skipped)
         super()._handle(message)
@@ -142,6 +145,9 @@ class Keeper(Worker):
                     self.ledger.skipped(getattr(message, "batch", 0), why)
         if trains or (isinstance(message, Evaluation) and self.stage.last_batch < self.total):
             self.absence.worked()
+
+    def _begin(self, batch: int) -> None:
+        self.ledger.begun(batch)
 
     def _room(self) -> bool:
         return super()._room() and (self.stage.last or self.links.up(Side.NEXT) or self.alone < self.unguided)
@@ -166,10 +172,14 @@ class Keeper(Worker):
         if got is not None and not self._asked(got):
             self.links.dropped["an answer to what an older connection brought"] += 1
             return None
-        if isinstance(got, Activation) and got.batch <= self.stage.last_batch:  # before it stands in the ledger
-            self._refuse(side, f"batch {got.batch} came after batch {self.stage.last_batch}")
-            return None
-        return got
+        return None if isinstance(got, (Activation, Input)) and self._declined(side, got) else got
+
+    def _declined(self, side: Side, message: Activation | Input) -> bool:
+        """Whether the stage is not given a batch, or what follows it; before it stands in the ledger."""
+        old = message.batch <= self.stage.last_batch
+        if old:
+            self._refuse(side, f"batch {message.batch} came after batch {self.stage.last_batch}")
+        return old
 
     def _outs(self, message: Message) -> Iterator[Message]:
         """A message that the stage will not have costs its sender the connection, and not this stage its life."""
@@ -193,7 +203,7 @@ class Keeper(Worker):
         asked, and what was asked over a connection that ended has been answered already.
         """
         if isinstance(message, Gradient):
-            return message.batch in self.stage.pending
+            return message.batch in self.stage.unanswered
         return not isinstance(message, Answer) or message.batch in self.stage.evaluating
 
     def _check_agreement(self, theirs: Agreed) -> None:
@@ -211,13 +221,16 @@ class Keeper(Worker):
             self.final_reports[message.stage] = message
         away = not self.links.up(Side.NEXT)
         if away and isinstance(message, Activation):
-            self.alone += 1
-            self.ledger.alone(message.batch)
-            self.answers.append(Gradient(message.batch, None))
+            self._trained_alone(message.batch)
         elif away and isinstance(message, Evaluation):
             self.answers.append(Answer(message.batch, LOST))
         else:
             super().send(message)
+
+    def _trained_alone(self, batch: int) -> None:
+        self.alone += 1
+        self.ledger.alone(batch)
+        self.answers.append(Gradient(batch, None))
 
     def _tell(self, error: BaseException) -> None:
         """A stage that fails is missed, and comes back: only one that gave up, or heard of it, ends the others; or that
@@ -240,15 +253,19 @@ class Keeper(Worker):
     def _gone(self, side: Side, why: str) -> None:
         self.absence.gone(side)
         stage = self.index + (1 if side is Side.NEXT else -1)
-        waiting = sorted(self.stage.pending) if side is Side.NEXT else []
+        waiting = sorted(self.stage.unanswered) if side is Side.NEXT else []
         self.ledger.gone(stage, why, waiting)
         if side is Side.PREVIOUS:
-            self.say(f"{why}; waiting for it, for at most {self.patience:g} s (service.patience)")
+            self.say(f"{why}; {self._meanwhile()}")
             return
         self.alone = 0
         self.answers.extend(Gradient(batch, None) for batch in waiting)
         self.answers.extend(Answer(number, LOST) for number in sorted(self.stage.evaluating))
         self.say(f"{why}; going on alone for {self.unguided} batches (service.unguided_batches), then waiting for it")
+
+    def _meanwhile(self) -> str:
+        """What it does while the stage before is away."""
+        return f"waiting for it, for at most {self.patience:g} s (service.patience)"
 
     def _back(self, side: Side) -> None:
         self.absence.back(side)
@@ -288,10 +305,13 @@ class Keeper(Worker):
         if now >= self._next_save:
             self._next_save = now + self.save_every
             self.save_own()
-        if not self.links.up(Side.NEXT) and self.alone and now >= self._next_news:
+        if not self.links.up(Side.NEXT) and self.alone:
+            self._news(now, self.index + 1, self.unguided - self.alone)
+
+    def _news(self, now: float, stage: int, left: int) -> None:
+        if now >= self._next_news:
             self._next_news = now + NEWS
-            left = self.unguided - self.alone
-            self.say(f"stage {self.index + 1} is away: {max(0, left)} batches left to train without it")
+            self.say(f"stage {stage} is away: {max(0, left)} batches left to train without it")
 
     def _needed(self) -> list[Side]:
         """Neighbours without which the run cannot end; who only has to hear the farewell has a limit of its own."""

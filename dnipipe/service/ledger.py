@@ -3,6 +3,7 @@
     {"start": 1764…2, "from": 80, "before": 97, "time": 1764…}      one more start: it goes on from its state behind
                                                batch 80; it had begun 97, so what 81 to 97 taught it is undone
     {"begun": 98, "time": 1764…}               written before the batch is trained: a kill loses no line
+    {"begun": 98, "time": 1764…, "drawn": true}   the same, of a batch that was drawn here (drawing.py)
     {"skipped": 98, "why": "loss not finite"}  nothing was learnt from it
     {"alone": 99}                              trained, but its activation went nowhere: the next stage was away
     {"gone": 2, "why": "…", "unanswered": [97, 98], "time": 1764…}      the neighbour went away, owing these an answer
@@ -50,8 +51,10 @@ class Ledger:
             self._size = os.fstat(self._file).st_size
             self._append({"start": incarnation, "from": begin, "before": self.last, "time": time.time()})
 
-    def begun(self, batch: int) -> None:
-        self._write({"begun": batch, "time": round(time.time(), 3)})
+    def begun(self, batch: int, drawn: bool = False) -> None:
+        """drawn: the stage before was away, and did not begin it."""
+        line = {"begun": batch, "time": round(time.time(), 3)}
+        self._write(line | {"drawn": True} if drawn else line)
         self.last = batch
 
     def alone(self, batch: int) -> None:
@@ -118,6 +121,7 @@ class Account:
     begun: list[int] = field(default_factory=list)  # ids, in order
     times: list[float] = field(default_factory=list)  # when each of them was begun, seconds since 1970
     alone: set[int] = field(default_factory=set)
+    drawn: set[int] = field(default_factory=set)  # here, while the stage before was away
     skipped: dict[int, str] = field(default_factory=dict)
     starts: list[dict[str, float]] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)  # sent, or about to be, when a connection to the next stage ended
@@ -162,6 +166,8 @@ def _take(found: Account, line: dict[str, Any]) -> None:
     if "begun" in line:
         found.begun.append(int(line["begun"]))
         found.times.append(float(line["time"]))
+        if line.get("drawn"):
+            found.drawn.add(int(line["begun"]))
     elif "alone" in line:
         found.alone.add(int(line["alone"]))
     elif "skipped" in line:
@@ -185,11 +191,11 @@ def unexplained(before: Account, after: Account) -> list[int]:
     A reason: what came, or was made of it, was not finite, so nothing was sent; the next stage was away when the batch
     was sent; or a connection ended, and then it owed an answer to the batch, or had not begun it when the next
     connection was made.
-    Also ids that only the second one has.
+    Also ids that only the second one has, and did not draw itself.
     """
     unsent = {batch for batch, why in before.skipped.items() if why in (POISONED, OVERFLOWN)}
     missing = set(before.begun) - set(after.begun) - before.alone - before.lost - unsent
-    return sorted(missing | set(after.begun) - set(before.begun))
+    return sorted(missing | set(after.begun) - set(before.begun) - after.drawn)
 
 
 __all__ = ["NAME", "Account", "Ledger", "read", "unexplained"]

@@ -150,9 +150,8 @@ def check(config: Config, index: int) -> None:
             raise ConfigError(f"service.addresses: {address!r} is neither HOST:PORT nor the path of a socket file")
     if config.transport.kind != "zmq":
         raise ConfigError(f"transport.kind = {config.transport.kind}: independent stages need transport.kind = zmq")
-    if config.rule.name == "sync" or config.rule.forward_unlock:
-        what = "rule.name = sync" if config.rule.name == "sync" else "rule.forward_unlock = true"
-        raise ConfigError(f"{what}: it needs every stage at every batch; start the run with dnipipe train")
+    if config.rule.name == "sync":
+        raise ConfigError("rule.name = sync: it needs every stage at every batch; start the run with dnipipe train")
 
 
 def endpoint(address: str) -> str:

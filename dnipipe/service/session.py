@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from dnipipe import checkpoint
 from dnipipe.agreement import Agreement, agree
 from dnipipe.building import Job, build_stage, check_model
 from dnipipe.config import Config, shared_settings
-from dnipipe.data import Task
+from dnipipe.data import Task, drawn
 from dnipipe.errors import (
     CheckpointError,
     GaveUp,
@@ -40,6 +40,8 @@ from dnipipe.greeting import check_settings
 from dnipipe.messages import Agreed, Message
 from dnipipe.metrics import StageMetrics
 from dnipipe.opening import edges_of
+from dnipipe.service.drawing import Draws
+from dnipipe.service.guessing import GuessingKeeper
 from dnipipe.service.keeper import AskedToEnd, Keeper
 from dnipipe.service.ledger import NAME, Ledger
 from dnipipe.service.limits import Limit
@@ -81,6 +83,7 @@ def _serve(job: Job, index: int) -> Path:
     torch.manual_seed(settings.train.seed)
     model = job.model()
     tasks: list[Task] = []  # stage 0 keeps its own
+    own = job.task() if index and settings.rule.forward_unlock else None  # before anyone is waited for: it may fail
     with ExitStack() as stack:
         links = stack.enter_context(_opened(settings, index, place.incarnation))
         agreed = _agreement(job, model, tasks, place, links, watch)
@@ -107,7 +110,8 @@ def _serve(job: Job, index: int) -> Path:
                 conclude(job, tasks[0], agreed, head)
             place.ended()
 
-        kind = partial(Keeper, **_keeping(settings, agreed, stage, place, links, ledger, watch), over=over, first=first)
+        keeping = _keeping(settings, agreed, stage, place, links, ledger, watch)
+        kind = partial(_kind(settings, agreed, index, own), **keeping, over=over, first=first)
         worker = stack.enter_context(worker_of(settings, agreed, stage, links, head, kind))
         with watch:
             try:
@@ -138,6 +142,16 @@ def _keeping(
         "alive": watch.alive,
         "say": partial(_say, stage.index),
     }
+
+
+def _kind(settings: Config, agreed: Agreement, index: int, task: Task | None) -> Callable[..., Keeper]:
+    """The loop; task: what a stage that guesses its inputs may draw them from."""
+    if not settings.rule.forward_unlock:
+        return Keeper
+    if task is None:
+        return partial(GuessingKeeper, draws=None)
+    drawing = partial(drawn, replace(task, classes=agreed.plan.classes), settings.train.seed, total=agreed.total)
+    return partial(GuessingKeeper, draws=Draws(drawing, settings.service.unguided_batches, partial(_say, index)))
 
 
 class _Watch:

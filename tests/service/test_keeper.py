@@ -36,6 +36,7 @@ from dnipipe.metrics import JsonLines
 from dnipipe.service import keeper
 from dnipipe.service.keeper import Keeper
 from dnipipe.service.links import Event, Gone, Up
+from dnipipe.stage import Stage
 from dnipipe.transport import AT_EASE, Side
 from dnipipe.transport.dropped import Dropped
 from dnipipe.transport.local import pipeline
@@ -114,17 +115,24 @@ class Book:
 class Stand:
     """Stage 1 of 3 as a Keeper; its neighbours are in the test's hands, and there."""
 
-    def __init__(self, folder: Path, unguided: int, first: tuple[Side, Message] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        unguided: int,
+        first: tuple[Side, Message] | None = None,
+        stage: Stage | None = None,
+        kind: Callable[..., Keeper] = Keeper,
+    ) -> None:
         self.ends = pipeline(3, timeout=30.0)
         self.links, self.book = FakeLinks(self.ends[1]), Book()
         self.said, self.limits = list[str](), list[str]()
-        stage = make_stages(modules_of(3), synthetic, partial(torch.optim.SGD, lr=0.1))[1]
+        stage = stage or make_stages(modules_of(3), synthetic, partial(torch.optim.SGD, lr=0.1))[1]
         self.log = JsonLines(folder / "stage-1.jsonl")
 
         def nothing(*_: object) -> None:
             pass
 
-        self.keeper = Keeper(
+        self.keeper = kind(
             *(stage, self.links, Window(8), stage.metrics, self.log, nothing),
             links=self.links,
             ledger=self.book,

@@ -20,7 +20,7 @@ def opened(folder: Path, incarnation: int = 1, begin: int = 0) -> Ledger:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     one = opened(tmp_path)
     for batch in (1, 2, 3):
-        one.begun(batch)
+        one.begun(batch, drawn=batch == 2)
     one.alone(3)
     one.skipped(2, "loss not finite")
     one.gone(2, "its process ended", [3])
@@ -28,7 +28,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     one.ended()
     one.close()
     found = read(tmp_path / NAME)
-    assert found.begun == [1, 2, 3] and found.alone == {3} and found.skipped == {2: "loss not finite"}
+    assert (
+        found.begun == [1, 2, 3]
+        and found.alone == {3}
+        and found.drawn == {2}
+        and found.skipped == {2: "loss not finite"}
+    )
     assert found.lost == {2, 3}  # unanswered, and behind what the other had begun
     assert [sorted(line)[0] for line in found.away] == ["gone", "back"] and found.ended
     assert len(found.times) == 3 and found.times == sorted(found.times)
@@ -73,6 +78,7 @@ def test_a_batch_that_is_trained_twice_or_late_is_a_violation(begun: list[int], 
         (Account(begun=[1, 2, 3], skipped={2: "no gradient came"}), Account(begun=[1, 3]), [2]),
         (Account(begun=[1, 3]), Account(begun=[1, 2, 3]), [2]),
         (Account(begun=[1, 2], lost={2}), Account(begun=[1, 2]), []),  # it arrived after all
+        (Account(begun=[1]), Account(begun=[1, 2, 3], drawn={2}), [3]),
     ],
 )
 def test_a_gap_between_two_stages_needs_a_reason(before: Account, after: Account, gaps: list[int]) -> None:

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 
 from dnipipe import checkpoint
-from dnipipe.errors import GaveUp, HandshakeError, NonFiniteLoss, PeerLost, PeerStopped, Replaced, RunError, WaitTimeout
+from dnipipe.config import build
+from dnipipe.errors import (
+    DataError,
+    GaveUp,
+    HandshakeError,
+    NonFiniteLoss,
+    PeerLost,
+    PeerStopped,
+    Replaced,
+    RunError,
+    WaitTimeout,
+)
+from dnipipe.jobs import job_of
 from dnipipe.service import session
 from dnipipe.service.place import Place
 from dnipipe.service.supervisor import FINAL
@@ -43,6 +55,26 @@ def test_what_another_start_would_meet_again_is_no_crash(monkeypatch: pytest.Mon
     fails(PeerLost("its starter is gone"))
     with pytest.raises(PeerLost):
         session.serve(job, 1)
+
+
+@pytest.mark.parametrize(("index", "guesses", "refused"), [(1, True, True), (1, False, False), (0, True, False)])
+def test_data_that_a_stage_is_to_draw_from_are_looked_for_before_anyone_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int, guesses: bool, refused: bool
+) -> None:
+    class Opened(Exception):
+        """It goes on to its neighbours."""
+
+    def opens(*_: object) -> None:
+        raise Opened
+
+    monkeypatch.setattr(session, "_opened", opens)
+    rule = {"name": "synthetic", "forward_unlock": guesses}
+    service = {"addresses": ("127.0.0.1:7000", "127.0.0.1:7001")}
+    data = {"name": "text", "root": str(tmp_path / "none.txt")}
+    run = {"pipeline": {"stages": 3}, "output": {"run": str(tmp_path)}}
+    settings = build({"rule": rule, "service": service, "data": data, **run})
+    with pytest.raises(DataError if refused else Opened):
+        session.serve(job_of(settings), index)
 
 
 def newest(run: Path) -> int:

@@ -79,6 +79,48 @@ def test_the_others_go_on_while_a_stage_is_dead_and_it_comes_back(services: Make
     assert 1 < run.loss() < 6
 
 
+GUESSES = 'unguided_batches = 40\n[rule]\nname = "synthetic"\nforward_unlock = true'
+
+
+def test_the_stage_behind_a_dead_one_goes_on_with_guesses(services: Make) -> None:
+    run = services(900, GUESSES)
+    run.start(0, 1, 2)
+    run.until_trained(2, 100)
+    os.kill(run.supervisors[1].pid, signal.SIGSTOP)  # or stage 1 is back before stage 2 has drawn as many
+    run.kill(1)
+    run.until("stages 0 and 2 go on as long as they may", lambda: min(len(run.account(0).alone), drawn(run)) == 40)
+    last = [run.account(stage).last for stage in (0, 2)]
+    time.sleep(2)
+    assert [run.account(stage).last for stage in (0, 2)] == last and drawn(run) == 40
+    os.kill(run.supervisors[1].pid, signal.SIGCONT)
+    assert run.statuses() == [0, 0, 0]
+    exact(run)
+    assert run.account(2).last == 900 and len(run.account(2).begun) > 800
+    said = run.said[2].read_text()
+    assert "going on with 40 batches that are drawn here" in said and "40 batches were drawn here meanwhile" in said
+    assert 1 < run.loss() < 6
+
+
+def drawn(run: Services) -> int:
+    return len(run.account(2).drawn)
+
+
+def test_with_stage_0_dead_the_others_go_on_with_guesses(services: Make) -> None:
+    run = services(900, GUESSES)
+    run.start(0, 1, 2)
+    run.until_trained(2, 100)
+    os.kill(run.supervisors[0].pid, signal.SIGSTOP)
+    run.kill(0)
+    run.until("stage 1 draws what it may", lambda: len(run.account(1).drawn) == 40)
+    run.until("stage 2 trains it, too", lambda: run.account(2).last == run.account(1).last)
+    os.kill(run.supervisors[0].pid, signal.SIGCONT)
+    assert run.statuses() == [0, 0, 0]
+    exact(run)
+    assert run.account(2).drawn == set() and run.account(0).last == run.account(2).last == 900
+    own = run.account(1).drawn  # stage 0 does not repeat them; one may be drawn while the two greet one another
+    assert len(own & set(run.account(0).begun)) <= 1
+
+
 def test_a_stage_waits_when_it_has_trained_its_batches_alone(services: Make) -> None:
     run = services(100_000, "unguided_batches = 7")
     run.start(0, 1, 2)
