@@ -20,8 +20,6 @@ import torch
 
 from dnipipe import checkpoint, cli, data, models, optim
 from dnipipe.config import load
-from dnipipe.head import Head
-from dnipipe.metrics import StageMetrics
 from tests.conftest import SMALL
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -109,8 +107,7 @@ def plain(batches: int, **settings: object) -> dict[str, torch.Tensor]:
     model = models.build(config)
     loss, task = models.loss_of(config), data.load(config)
     optimizer = optim.factory(config)(model.parameters())
-    head = Head(config, task, Path("unused"), StageMetrics(0, 1), None, 0, batches)  # type: ignore[arg-type]
-    for _, x, y in head._batches():
+    for _, x, y in data.drawn(task, config.train.seed, 0, batches):
         optimizer.zero_grad()
         loss(model(x), y).backward()
         optimizer.step()
