@@ -107,6 +107,11 @@ class Script:
 
 
 NOTES_PID = "open(f'{sys.argv[1]}/pid-{rank}', 'w').write(str(os.getpid()))\n"
+BOTH_BEGUN = """
+notes = [f'{sys.argv[1]}/pid-{other}' for other in (0, 1)]
+while not all(os.path.exists(note) and os.path.getsize(note) for note in notes):
+    time.sleep(0.01)
+"""
 
 
 @pytest.fixture
@@ -144,7 +149,7 @@ def test_every_stage_runs_the_command_and_nothing_stays_behind(script: Script, m
 )
 def test_the_stage_that_ended_the_run_is_named_last(script: Script, ends: str, status: int, cause: str) -> None:
     """Stage 0 would go on for longer than this test may; the launcher ends it."""
-    found, errors = script.run(f"{NOTES_PID}if rank == 1: {ends}\ntime.sleep(300)")
+    found, errors = script.run(f"{NOTES_PID}{BOTH_BEGUN}if rank == 1: {ends}\ntime.sleep(300)")
     assert found == status
     assert errors[-1] == f"dnipipe: first failure: stage 1 (rank 1, pid {script.pid(1)}): {cause}"
     assert not Path(f"/proc/{script.pid(0)}").exists()
