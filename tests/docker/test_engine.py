@@ -65,7 +65,7 @@ def test_a_container_is_not_root_and_may_write_its_run(image: str) -> None:
 def test_four_containers_train_to_the_evaluation(image: str, compose: Compose, file: str) -> None:
     said = compose(file, "up", "--no-color", SETTINGS=shlex.join(WORDS))
     assert len(re.findall(r"validation loss [\d.]+ nats per byte", said)) == 1, said
-    containers = compose(file, "ps", "-q").split()
+    containers = compose(file, "ps", "--all", "-q").split()  # without --all compose 2 has only who runs
     assert len(containers) >= 4
     for container in containers:
         state = json.loads(done("docker", "inspect", "-f", "{{json .State}}", container))
