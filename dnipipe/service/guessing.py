@@ -76,19 +76,21 @@ class GuessingKeeper(Keeper):
     def _declined(self, side: Side, message: Activation | Input) -> bool:
         if self.draws is None:
             return super()._declined(side, message)
-        if isinstance(message, Activation):  # for which an Input came before
-            return message.batch < self.stage.last_batch
-        try:
-            assert self.stage.inputs
-            self.stage.inputs.check(message.x)
-        except MessageError as error:
-            self._refuse(side, str(error))
-            return True
-        self.draws.came(message)
-        late = message.batch <= self.stage.last_batch
+        if isinstance(message, Activation):  # its Input came before, and was answered if it was late
+            late = message.batch < self.stage.last_batch
+        else:
+            try:
+                assert self.stage.inputs
+                self.stage.inputs.check(message.x)
+            except MessageError as error:
+                self._refuse(side, str(error))
+                return True
+            self.draws.came(message)
+            late = message.batch <= self.stage.last_batch
+            if late:
+                self.send(Gradient(message.batch, None))
         if late:
             self.links.dropped[LATE] += 1
-            self.send(Gradient(message.batch, None))
         return late
 
     def send(self, message: Message) -> None:

@@ -66,7 +66,11 @@ def test_with_both_neighbours_there_it_trains_what_comes(stand: Callable[..., St
     one.previous(sent(1), real(1), sent(2), real(2))
     one.turn(6)
     begun = [line for line in one.book.lines if line[0] == "begun"]
-    assert begun == [("begun", 1, False), ("begun", 2, False)] and one.keeper.stage.updates == 2
+    assert (
+        one.links.dropped == {}
+        and begun == [("begun", 1, False), ("begun", 2, False)]
+        and one.keeper.stage.updates == 2
+    )
     assert to_next(one) == ["Input 1", "Activation 1", "Input 2", "Activation 2"]
     assert heard_by_previous(one) == [(1, True), (2, True)]
 
@@ -117,7 +121,7 @@ def test_what_comes_late_is_answered_and_not_trained_on_again(stand: Callable[..
     heard_by_previous(one)
     one.previous(sent(3), real(3), sent(4), real(4), sent(5), real(5))
     one.turn(9)
-    assert one.trained() == [1, 2, 3, 4, 5] and one.links.dropped[LATE] == 2
+    assert one.trained() == [1, 2, 3, 4, 5] and one.links.dropped[LATE] == 3  # two inputs, one activation
     assert heard_by_previous(one) == [(3, False), (4, False), (5, True)]
     assert "3 batches were drawn here meanwhile" in one.said and one.links.given_up == []
 
