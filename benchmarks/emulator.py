@@ -6,7 +6,8 @@
 
 A program in a host sees a network card and nothing else, so gloo, ZeroMQ and plain TCP all cross the same link. Needs
 root, `ip` (iproute2) and /dev/net/tun; no module for network emulation in the kernel, which many machines lack. A
-packet may carry 64 KB, so that few have to be held.
+packet may carry 64 KB, so that few have to be held; where it matters how a message comes in pieces, and what a line's
+buffer holds, as many bytes as on a real link (ETHERNET).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-MTU = 65000
+MTU, ETHERNET = 65000, 1500  # bytes a packet may have
 SET_INTERFACE, TUN, NO_PACKET_INFO = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 BUFFER = 0.4  # seconds of packets that may wait for the line of a host with a rate; what comes on top is dropped
 BURST = 64  # packets taken from one host before the next has its turn
@@ -58,8 +59,8 @@ def missing() -> str:
 class Emulator:
     """Hosts 0 … n-1, for as long as it is entered. `link` may be set at any time; what is under way keeps its time."""
 
-    def __init__(self, hosts: int, link: Link | None = None) -> None:
-        self.hosts, self.link = hosts, link or Link()
+    def __init__(self, hosts: int, link: Link | None = None, mtu: int = MTU) -> None:
+        self.hosts, self.link, self.mtu = hosts, link or Link(), mtu
         self.dropped = 0  # packets that found a line's buffer full
         self.lost = 0  # packets that a link lost, or that it was cut for
         self.cut: frozenset[tuple[int, int]] = frozenset()  # (from, to): no packet gets there; may be set at any time
@@ -99,7 +100,7 @@ class Emulator:
         fcntl.ioctl(descriptor, SET_INTERFACE, struct.pack("16sH", device.encode(), TUN | NO_PACKET_INFO))
         _ip("link", "set", device, "netns", space, "name", "eth0")
         _ip("-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-        _ip("-n", space, "link", "set", "eth0", "mtu", str(MTU), "txqueuelen", "10000", "up")
+        _ip("-n", space, "link", "set", "eth0", "mtu", str(self.mtu), "txqueuelen", "10000", "up")
         _ip("-n", space, "link", "set", "lo", "up")
 
     def _remove(self) -> None:
@@ -167,4 +168,4 @@ def _ip(*words: str) -> None:
         raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
 
-__all__ = ["Emulator", "Link", "missing"]
+__all__ = ["ETHERNET", "Emulator", "Link", "missing"]

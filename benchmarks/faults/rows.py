@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.emulator import Emulator, Link, missing
+from benchmarks.emulator import ETHERNET, Emulator, Link, missing
 from benchmarks.faults import attacks, clocks, disks, network, processes, witness
 from benchmarks.faults.events import Event, detected, noticed, recovered, spread
 from benchmarks.faults.pipeline import Hung, Pipeline, wrong
@@ -212,7 +212,7 @@ def undisturbed(stages: int, seed: int, batches: int) -> tuple[dict[int, float],
 def _pipeline(fault: Fault, stages: int, rate: float) -> Iterator[Pipeline]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dnipipe-faults-")))
-        emulator = stack.enter_context(Emulator(stages)) if fault.hosts else None
+        emulator = stack.enter_context(Emulator(stages, mtu=ETHERNET)) if fault.hosts else None
         options: dict[str, Any] = {"locked": fault.locked, "cabled": fault.attack}
         options |= {"hung": fault.hung, "silence": fault.silence}
         pipeline = Pipeline(folder / "pipeline", stages, rate, emulator, **options)

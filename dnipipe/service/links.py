@@ -123,9 +123,13 @@ class Links(ZmqTransport):
         return link.last if link else 0
 
     def quiet(self, side: Side) -> float:
-        """Seconds since the neighbour last said anything; 0 while it has only greeted: it may still be building."""
-        heard = self._bonds[side].heard
-        return time.monotonic() - heard if heard else 0.0
+        """Seconds since the neighbour last said anything, or this found more of a message that is on its way; 0 while
+        it has only greeted: it may still be building.
+        """
+        bond = self._bonds[side]
+        if bond.heard and self._edges[side].hears(since=bond.heard):
+            bond.spoke()
+        return time.monotonic() - bond.heard if bond.heard else 0.0
 
     def longest(self, side: Side) -> float:
         """The longest of its recent silences, seconds, that were followed by a word."""

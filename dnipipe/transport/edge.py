@@ -22,6 +22,7 @@ from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
 from dnipipe.socket_file import SocketFile
 from dnipipe.transport import Side
+from dnipipe.transport.arriving import Arriving
 from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
 from dnipipe.transport.dropped import Dropped
@@ -93,6 +94,7 @@ class Edge:
         self.last_received: int | None = None
         self.bad: list[str] = []  # what was wrong with the messages dropped since the last good one
         self._connections: set[int] = set()  # file descriptors
+        self._arriving = Arriving()
         self.trying = False  # libzmq connects by itself
         self._ungreeted = 0  # of the connections: whose handshake is not over
         self._failed = 0  # how the last handshake did, if libzmq has told it
@@ -295,6 +297,10 @@ class Edge:
     @property
     def connected(self) -> bool:
         return self._greeted and bool(self._connections)
+
+    def hears(self, since: float) -> bool:
+        """Whether part of a message has come; see Arriving. Of two connections one may be a stranger's: then not."""
+        return len(self._connections) == 1 and self._arriving.more(next(iter(self._connections)), since)
 
     @property
     def idle(self) -> bool:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from benchmarks.emulator import Emulator, Link, missing
+from benchmarks.emulator import ETHERNET, MTU, Emulator, Link, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"hosts cannot be emulated here: this needs {missing()}")
 
@@ -64,6 +64,14 @@ def test_a_line_with_a_rate_takes_its_time() -> None:
     with Emulator(2, Link(rate=8e6)) as emulator:
         assert seconds(emulator, 1_000_000) >= 0.9  # a megabyte a second; the first packets find the line free
         assert emulator.dropped == 0
+
+
+@pytest.mark.parametrize("mtu", [MTU, ETHERNET])
+def test_a_packet_is_no_longer_than_was_asked_for(mtu: int) -> None:
+    with Emulator(2, mtu=mtu) as emulator:
+        for host in range(2):
+            command = [*emulator.within(host), "ip", "link", "show", "eth0"]
+            assert f" mtu {mtu} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_nothing_of_it_stays_behind() -> None:
