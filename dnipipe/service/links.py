@@ -280,9 +280,9 @@ class Links(ZmqTransport):
             bond.handshakes = edge.handshakes
             self._lose(side, f"the connection to {edge.name} was made anew")
             self._introduce(side, anew=True)
-        elif edge.deadline is not None and time.monotonic() >= edge.deadline:
+        elif gone := edge.gone:
             edge.deadline = None
-            self._lose(side, f"{edge.name} is gone: its process ended, or the connection broke")
+            self._lose(side, gone)
         elif time.monotonic() > bond.introduced + AGAIN:
             if edge.connected:
                 self._introduce(side, anew=False)

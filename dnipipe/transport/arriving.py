@@ -50,4 +50,16 @@ def received(connection: int) -> int | None:
     return None
 
 
-__all__ = ["Arriving", "received"]
+def doubt(quiet: float, limit: float) -> str:
+    """What else may have ended a connection on which nothing whole came for `quiet` seconds: libzmq's heartbeats, which
+    stand behind a frame that is on its way, give up after `limit`.
+    """
+    if quiet < limit:
+        return ""
+    return (
+        f", or a tensor takes more than {limit:g} s on this link (nothing whole came for {quiet:.0f} s), which then "
+        "needs smaller batches or [wire]"
+    )
+
+
+__all__ = ["Arriving", "doubt", "received"]

@@ -8,6 +8,7 @@ connections, as the monitor tells them:   none ──handshake──► live ─
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
 from dnipipe.socket_file import SocketFile
 from dnipipe.transport import Side
-from dnipipe.transport.arriving import Arriving
+from dnipipe.transport.arriving import Arriving, doubt
 from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
 from dnipipe.transport.dropped import Dropped
@@ -87,6 +88,7 @@ class Edge:
         self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
         self.backlog = Backlog(spare) if spare else None
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
+        self._why = ""  # the last one may have ended
         self.token = ""  # which messages from the neighbour are meant: of this run, or of this connection (service/)
         self.handshakes = 0  # connections there have been
         self.sent = self.received = 0  # messages, which is also the number of the next one
@@ -101,6 +103,7 @@ class Edge:
         self._listening: int | None = None  # that of the listening socket, as long as nobody need wait
         self._greeted = False  # a handshake has succeeded
         self._watched = 0.0  # when the monitor was last asked
+        self._got = self._watched  # when the last whole message came, or the connection stood
         scheme = endpoint.partition("://")[0]
         self.grace = GRACE[scheme]
         self._sealed = scheme == "tcp" and lock is None
@@ -190,6 +193,7 @@ class Edge:
                 frames.append(frame)
             else:
                 more += 1
+        self._got = time.monotonic()
         if more:
             raise MessageError(
                 f"a message of {FRAME_LIMIT + more} frames from {self.name}, the limit is {FRAME_LIMIT}",
@@ -260,6 +264,7 @@ class Edge:
                     self._listening = None  # once is enough
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._greeted, self.deadline, self.held_back = True, None, False
+                self._got = self._watched
                 self._ungreeted -= 1
                 self.handshakes += 1
             elif kind == zmq.EVENT_DISCONNECTED:
@@ -270,6 +275,8 @@ class Edge:
                     self._not_let_in()
                 if self._greeted and not self._connections and self.deadline is None:
                     self.deadline = time.monotonic() + self.grace
+                    limit = self._options.get(zmq.HEARTBEAT_TIMEOUT, math.inf) / 1000
+                    self._why = "its process ended, or the connection broke" + doubt(self._watched - self._got, limit)
             elif kind & TRYING:
                 self.trying = True
             elif kind & FAILED:
@@ -295,6 +302,12 @@ class Edge:
         return len(self._connections)
 
     @property
+    def gone(self) -> str:
+        """Why the neighbour, which was there, is there no more; "" while it may still come back by itself."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return f"{self.name} is gone: {self._why}" if late else ""
+
+    @property
     def connected(self) -> bool:
         return self._greeted and bool(self._connections)
 
@@ -313,8 +326,8 @@ class Edge:
             raise PeerLost(self.lost)
         if self.refused:
             self.lose(self.refused)
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.lose(f"{self.name} is gone: its process ended, or the connection broke")
+        if self.gone:
+            self.lose(self.gone)
 
     def lose(self, what: str) -> NoReturn:
         """Raises PeerLost, and `check` from now on."""
