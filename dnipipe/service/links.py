@@ -278,7 +278,7 @@ class Links(ZmqTransport):
         self._check_key(edge)
         if edge.handshakes > bond.handshakes:
             bond.handshakes = edge.handshakes
-            self._lose(side, f"the connection to {edge.name} was made anew")
+            self._lose(side, f"the connection to {edge.name} was made anew{edge.doubt}")
             self._introduce(side, anew=True)
         elif gone := edge.gone:
             edge.deadline = None

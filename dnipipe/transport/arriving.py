@@ -57,8 +57,8 @@ def doubt(quiet: float, limit: float) -> str:
     if quiet < limit:
         return ""
     return (
-        f", or a tensor takes more than {limit:g} s on this link (nothing whole came for {quiet:.0f} s), which then "
-        "needs smaller batches or [wire]"
+        f"; nothing whole had come for {quiet:.0f} s: a tensor that takes more than {limit:g} s on this link needs "
+        "smaller batches, [wire], or a better link"
     )
 
 

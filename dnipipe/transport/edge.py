@@ -88,7 +88,7 @@ class Edge:
         self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
         self.backlog = Backlog(spare) if spare else None
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
-        self._why = ""  # the last one may have ended
+        self.doubt = ""  # what else may have ended the last one
         self.token = ""  # which messages from the neighbour are meant: of this run, or of this connection (service/)
         self.handshakes = 0  # connections there have been
         self.sent = self.received = 0  # messages, which is also the number of the next one
@@ -274,15 +274,20 @@ class Edge:
                     self._ungreeted -= 1
                     self._not_let_in()
                 if self._greeted and not self._connections and self.deadline is None:
-                    self.deadline = time.monotonic() + self.grace
-                    limit = self._options.get(zmq.HEARTBEAT_TIMEOUT, math.inf) / 1000
-                    self._why = "its process ended, or the connection broke" + doubt(self._watched - self._got, limit)
+                    self._broke()
             elif kind & TRYING:
                 self.trying = True
             elif kind & FAILED:
                 self._failed = kind
             elif kind == zmq.EVENT_LISTENING:
                 self._listening = descriptor
+
+    def _broke(self) -> None:
+        """The last connection has ended. Another may come, but not of a link that was too slow: what was on its way is
+        lost, nothing follows that would show the gap, and each side would wait for the other."""
+        limit = self._options.get(zmq.HEARTBEAT_TIMEOUT, math.inf) / 1000
+        self.doubt = doubt(self._watched - self._got, limit)
+        self.deadline = self._watched + (0.0 if self.doubt else self.grace)
 
     def _not_let_in(self) -> None:
         """A handshake failed. Who binds goes on: it was a stranger. Who connects may have to try another key."""
@@ -305,7 +310,7 @@ class Edge:
     def gone(self) -> str:
         """Why the neighbour, which was there, is there no more; "" while it may still come back by itself."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        return f"{self.name} is gone: {self._why}" if late else ""
+        return f"{self.name} is gone: its process ended, or the connection broke{self.doubt}" if late else ""
 
     @property
     def connected(self) -> bool:
