@@ -51,8 +51,8 @@ def received(connection: int) -> int | None:
 
 
 def doubt(quiet: float, limit: float) -> str:
-    """What else may have ended a connection on which nothing whole came for `quiet` seconds: libzmq's heartbeats, which
-    stand behind a frame that is on its way, give up after `limit`.
+    """What else may have ended a connection in the middle of a message, of which nothing whole had come for `quiet`
+    seconds: libzmq's heartbeats, which stand behind a frame that is on its way, give up after `limit`.
     """
     if quiet < limit:
         return ""

@@ -8,7 +8,6 @@ connections, as the monitor tells them:   none ──handshake──► live ─
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -97,6 +96,7 @@ class Edge:
         self.bad: list[str] = []  # what was wrong with the messages dropped since the last good one
         self._connections: set[int] = set()  # file descriptors
         self._arriving = Arriving()
+        self._part = 0.0  # when more of a message was seen to have come
         self.trying = False  # libzmq connects by itself
         self._ungreeted = 0  # of the connections: whose handshake is not over
         self._failed = 0  # how the last handshake did, if libzmq has told it
@@ -283,10 +283,11 @@ class Edge:
                 self._listening = descriptor
 
     def _broke(self) -> None:
-        """The last connection has ended. Another may come, but not of a link that was too slow: what was on its way is
-        lost, nothing follows that would show the gap, and each side would wait for the other."""
-        limit = self._options.get(zmq.HEARTBEAT_TIMEOUT, math.inf) / 1000
-        self.doubt = doubt(self._watched - self._got, limit)
+        """The last connection has ended. Another may come, but not where part of a message was lost with it: nothing
+        has to follow that would show the gap, and each side would wait for the other.
+        """
+        limit = self._options.get(zmq.HEARTBEAT_TIMEOUT, 0) / 1000
+        self.doubt = doubt(self._watched - self._got, limit) if self._part > self._got else ""
         self.deadline = self._watched + (0.0 if self.doubt else self.grace)
 
     def _not_let_in(self) -> None:
@@ -316,9 +317,15 @@ class Edge:
     def connected(self) -> bool:
         return self._greeted and bool(self._connections)
 
+    def look(self) -> None:
+        """Whether a message is on its way; of two connections one may be a stranger's: then nobody knows."""
+        if len(self._connections) == 1 and self._arriving.more(next(iter(self._connections)), self._got):
+            self._part = time.monotonic()
+
     def hears(self, since: float) -> bool:
-        """Whether part of a message has come; see Arriving. Of two connections one may be a stranger's: then not."""
-        return len(self._connections) == 1 and self._arriving.more(next(iter(self._connections)), since)
+        """Whether part of a message has come since then."""
+        self.look()
+        return self._part > since
 
     @property
     def idle(self) -> bool:

@@ -38,7 +38,7 @@ from dnipipe.transport.edges import LINGER, Edges
 from dnipipe.transport.waker import Waker
 
 BAD_LIMIT = 100  # messages in a row that are none, after which their sender is given up
-LOOK_EVERY = 1.0  # seconds, at most, that a wait lasts without a look for revoked keys
+LOOK_EVERY = 1.0  # seconds, at most, that a wait lasts without a look for revoked keys, and at what is on its way
 
 Fits = Callable[[Side, Message], None]  # raises MessageError
 
@@ -181,7 +181,10 @@ class ZmqTransport(Edges):
             if left <= 0:
                 break
             with waiting:
-                ready = self._poll(self._poller(sides, self._forwarded()), edges, left)
+                ready = self._poll(self._poller(sides, self._forwarded()), edges, min(left, LOOK_EVERY))
+            if not ready:
+                for edge in edges:
+                    edge.look()
         return None
 
     def _sound(self, edges: Sequence[Edge]) -> bool:

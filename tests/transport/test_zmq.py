@@ -112,8 +112,9 @@ def test_a_killed_neighbour_is_lost(zeromq: Zmq) -> None:
         child.wait()
 
 
-def test_a_connection_that_comes_back_goes_on(tmp_path: Path) -> None:
-    """tcp: zmq connects again by itself; if nothing was under way, nothing is lost."""
+@pytest.mark.parametrize("idle", [0.0, 100.0])
+def test_a_connection_that_comes_back_goes_on(tmp_path: Path, idle: float) -> None:
+    """tcp: zmq connects again by itself; if nothing was under way, nothing is lost, however long nothing had come."""
     factory = Zmq("tcp", tmp_path)
     a, b = factory.one(), factory.one()
     with contextlib.closing(a), contextlib.closing(b), Relay() as relay:
@@ -122,6 +123,8 @@ def test_a_connection_that_comes_back_goes_on(tmp_path: Path) -> None:
         for k in range(3):
             a.send(NEXT, Checkpoint(k))
             assert batches(b, PREVIOUS, 1) == [k]
+            for one, side in ((a, NEXT), (b, PREVIOUS)):
+                one._edges[side]._got -= idle
             relay.cut()
             assert b.receive([PREVIOUS], 0.05) is None
 
