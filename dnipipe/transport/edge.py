@@ -318,7 +318,7 @@ class Edge:
         return self._greeted and bool(self._connections)
 
     def look(self) -> None:
-        """Whether a message is on its way; of two connections one may be a stranger's: then nobody knows."""
+        """See whether a message is on its way; of two connections one may be a stranger's: then nobody knows."""
         if len(self._connections) == 1 and self._arriving.more(next(iter(self._connections)), self._got):
             self._part = time.monotonic()
 

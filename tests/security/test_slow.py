@@ -110,7 +110,8 @@ def test_a_frame_that_takes_too_long_costs_the_connection(
     party: Party, dripper: Dripper, locked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The heartbeat that is asked for stands behind it. After 11 s; here sooner. And no other is waited for: who waits
-    for what was lost with it is told at once, and why."""
+    for what was lost with it is told at once, and why.
+    """
     table: Callable[..., dict[zmq.SocketOption, int]] = edge.options
     soon = {zmq.HEARTBEAT_IVL: 100, zmq.HEARTBEAT_TIMEOUT: 3000}
     monkeypatch.setattr(edge, "options", lambda *settings: table(*settings) | soon)
