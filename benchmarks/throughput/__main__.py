@@ -45,9 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.seconds,
         options.links,
     )
-    own = "quick" if options.quick else options.links
+    own = f"quick-{options.links}" if options.quick else options.links
     folder = options.out or (RESULTS if own == "emulated" else ROOT / "runs" / f"throughput-{own}")
     records = load(folder / "records.jsonl")
+    others = {record.links for record in records} - {study.links}
+    if others and not options.table:
+        parser.error(
+            f"--links {study.links}: {folder} holds what was measured over links {', '.join(sorted(others))}, and "
+            "would take it for this; name another folder, --out FOLDER"
+        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not options.table:
         _measure(study, max(options.stages), folder, records)

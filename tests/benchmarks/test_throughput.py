@@ -138,6 +138,18 @@ def test_what_only_emulated_links_have_is_refused_elsewhere(
     assert f"--links {links}: its links are as they are" in capsys.readouterr().err
 
 
+def test_what_was_measured_over_other_links_is_not_taken_for_these(
+    two_cores: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "records.jsonl").open("w") as file:
+        STUDY.carry_out(Invented(), [], lambda record: print(record.to_json(), file=file))
+    assert STUDY.links == "none"
+    with pytest.raises(SystemExit) as ended:
+        main(["--links", "emulated", "--out", str(tmp_path)])
+    assert ended.value.code == 2 and "holds what was measured over links none" in capsys.readouterr().err
+    assert main(["--links", "emulated", "--out", str(tmp_path), "--table"]) == 0
+
+
 def test_what_only_emulated_computation_has_is_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--features", "128", "--table"])
