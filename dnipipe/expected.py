@@ -2,7 +2,7 @@
 
 dtype, number of dimensions     always as planned
 sizes                           those that the stage's own parameters demand; the others may change with the batch
-labels                          whole numbers in [0, classes), where the plan knows the classes
+labels                          whole numbers in [0, classes), or ignored, where the plan knows the classes
 rows' scales                    where the settings round, and only there
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dnipipe.config import WireSettings
 from dnipipe.errors import MessageError
+from dnipipe.labels import IGNORED, outside
 from dnipipe.messages import (
     Activation,
     Agreed,
@@ -105,8 +106,10 @@ def _in_classes(y: Tensor, classes: int | None, where: str) -> None:
         raise MessageError(f"{where}: labels are {y.dtype}, expected whole numbers in [0, {classes})", WRONG)
     if not y.numel():
         raise MessageError(f"{where}: there is no label", WRONG)
-    low, high = torch.aminmax(y.long())  # not every dtype can be compared
-    if int(low) < 0 or int(high) >= classes:
+    low, high = map(int, torch.aminmax(y.long()))  # not every dtype can be compared
+    if high == IGNORED:
+        raise MessageError(f"{where}: every label is {IGNORED}, which the loss ignores", WRONG)
+    if (low < 0 or high >= classes) and bool(outside(y, classes).any()):
         raise MessageError(f"{where}: a label is outside [0, {classes})", WRONG)
 
 

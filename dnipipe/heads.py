@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnipipe.labels import counting, one_hot
+
 
 class Position(nn.Module):
     """h + a vector of each place in the sequence, (B, T, D) to (B, T, D); zero at first."""
@@ -109,7 +111,8 @@ class Similarity(nn.Module):
     """How far samples of one class are from being alike, and of two classes from being unlike: the second loss of
     predsim (Nøkland and Eidnes 2019, arXiv:1901.06656, eq. 1 and 2): mean (S(W h) − S(one-hot y))².
 
-    S: cosines between rows, each row less the mean of all rows. At most ROWS rows, evenly drawn from B or B·T of them.
+    S: cosines between rows, each row less the mean of all rows. At most ROWS rows, evenly drawn from B or B·T of them;
+    those whose label is ignored are left out of each mean.
     """
 
     ROWS = 256
@@ -123,13 +126,17 @@ class Similarity(nn.Module):
         """h (B, D) or (B, T, D), y (B,) or (B, T), to a loss, 0-dim."""
         rows, labels = h.flatten(0, -2), y.flatten()
         stride = -(-rows.shape[0] // self.ROWS)
-        here = _cosines(self.project(rows[::stride]))
-        return (here - _cosines(F.one_hot(labels[::stride], self.classes).to(here.dtype))).square().mean()
+        rows, labels = rows[::stride], labels[::stride]
+        share = counting(labels).to(rows.dtype)
+        share = share / share.sum().clamp(min=1)
+        here = _cosines(self.project(rows), share)
+        off = here - _cosines(one_hot(labels, self.classes).to(here.dtype), share)
+        return share @ off.square() @ share
 
 
-def _cosines(rows: Tensor) -> Tensor:
-    """(N, D) to (N, N)."""
-    unit = F.normalize(rows - rows.mean(0), dim=1)
+def _cosines(rows: Tensor, share: Tensor) -> Tensor:
+    """(N, D) to (N, N). share (N,) is that of each row in their mean."""
+    unit = F.normalize(rows - share @ rows, dim=1)
     return unit @ unit.T
 
 

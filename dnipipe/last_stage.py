@@ -14,7 +14,8 @@ from dnipipe.beside import NOWHERE, Beside, Done
 from dnipipe.errors import NonFiniteLoss
 from dnipipe.finite import CURES
 from dnipipe.gradient_rules import GradientRule, Skip, Use
-from dnipipe.predictors import Loss, class_axis, loss_terms
+from dnipipe.labels import class_axis, loss_terms
+from dnipipe.predictors import Loss
 
 
 class LossGradient(GradientRule):
@@ -33,7 +34,7 @@ class LossGradient(GradientRule):
         self,
         loss: Loss,
         teaches: bool,
-        observe: Callable[[Tensor, int], None],
+        observe: Callable[[Tensor, Tensor | int], None],
         stop_on_nan: bool = True,
         beside: Beside = NOWHERE,
     ) -> None:
@@ -81,9 +82,10 @@ def _stop_unless_finite(batch: int, value: Tensor) -> None:
 
 def score(h: Tensor, y: Tensor, loss: Loss) -> Tensor:
     """(sum of losses, correct, loss terms, samples) as float64 (4,); correct is -1 where labels are no classes of h's:
-    whole numbers may also be targets of their own (several labels a sample, bytes of an image, a count).
+    whole numbers may also be targets of their own (several labels a sample, bytes of an image, a count). A label that
+    is ignored is no term, and no guess is correct there.
     """
-    terms = loss_terms(y)
+    terms = int(loss_terms(y))
     with torch.no_grad():
         total = loss(h, y).double() * terms
     correct = torch.tensor(-1.0)

@@ -20,28 +20,13 @@ from typing import cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from dnipipe.heads import Scores, Similarity
+from dnipipe.labels import counting, loss_terms, one_hot
 from dnipipe.lessons import Distance, rows
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output, labels) -> mean loss over the batch, 0-dim
-
-
-def loss_terms(y: Tensor) -> int:
-    """N: how many terms the mean loss averages over. Class labels count one each, other targets one a sample."""
-    return y.shape[0] if y.is_floating_point() else y.numel()
-
-
-def class_axis(output: tuple[int, ...], y: tuple[int, ...]) -> int | None:
-    """Along which axis an output of this shape scores the classes that labels of this shape name: the last one, or 1 as
-    in F.cross_entropy. None: these are no class labels. A single score is none of a class.
-    """
-    if len(output) != len(y) + 1:
-        return None
-    axis = len(output) - 1 if output[:-1] == y else 1
-    return axis if output[axis] > 1 and (*output[:axis], *output[axis + 1 :]) == y else None
 
 
 class Predictor(nn.Module, ABC):
@@ -101,7 +86,9 @@ class Edge:
 
 
 class Labels(nn.Module):
-    """Labels as features beside h: one-hot (samples), channels of ones (conv), an embedding (tokens)."""
+    """Labels as features beside h: one-hot (samples), channels of ones (conv), an embedding (tokens); of one that is
+    ignored, zeros.
+    """
 
     def __init__(self, edge: Edge) -> None:
         super().__init__()
@@ -112,14 +99,15 @@ class Labels(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         if self.embedding is not None:
-            return torch.cat([h, self.embedding(y)], dim=-1)  # (B, T, D) -> (B, T, 2D)
-        one_hot = F.one_hot(y, self.classes).to(h.dtype)  # (B, C)
+            labels = self.embedding(y.clamp(min=0)) * counting(y).unsqueeze(-1)
+            return torch.cat([h, labels], dim=-1)  # (B, T, D) -> (B, T, 2D)
+        labels = one_hot(y, self.classes).to(h.dtype)  # (B, C)
         if h.dim() == 4:
-            masks = one_hot[:, :, None, None].expand(-1, -1, *h.shape[2:])  # (B, C, H, W)
+            masks = labels[:, :, None, None].expand(-1, -1, *h.shape[2:])  # (B, C, H, W)
             return torch.cat([h, masks], dim=1)
         for _ in range(h.dim() - 2):
-            one_hot = one_hot.unsqueeze(1)
-        return torch.cat([h, one_hot.expand(*h.shape[:-1], -1)], dim=-1)
+            labels = labels.unsqueeze(1)
+        return torch.cat([h, labels.expand(*h.shape[:-1], -1)], dim=-1)
 
 
 class Regression(Predictor):

@@ -24,7 +24,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe.errors import SplitError
-from dnipipe.predictors import Edge, class_axis
+from dnipipe.labels import class_axis
+from dnipipe.predictors import Edge
 
 REPEATS = 6  # measurements of a layer
 LEAST, WORTH = 0.25, 1.1  # of balance

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dnipipe.config import Sync
 from dnipipe.errors import ConfigError, DataError, MessageError, NonFiniteLoss
+from dnipipe.labels import counting, loss_terms
 from dnipipe.messages import Activation, Labels, Message
-from dnipipe.predictors import loss_terms
 from dnipipe.randomness import reseed
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
@@ -95,6 +95,7 @@ class SyncStage(Stage):
             return
         self.passes.mode(training=True)
         reseed(self.passes.seed, self.passes.first_layer, batch)
+        self._terms = loss_terms(y)
         self.schedule.step(batch, x, y)
         with self.metrics.clock.span("optimizer"):
             self.updates += self.descent.step(batch)
@@ -118,14 +119,18 @@ class SyncStage(Stage):
         return y.shape[0] < self.plan.y[0]
 
     def _loss(self, h: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of one micro-batch, in the last stage."""
+        """The mean loss of one micro-batch, in the last stage; weighed, since torch's schedule takes the mean of these
+        as the batch's, by its share of the labels that count."""
+        if not counting(y).any():
+            return h.sum() * 0.0
         value: Tensor = self.loss(h, y)
         if not torch.isfinite(value):
             raise NonFiniteLoss(
                 f"the loss is {value.item()} at batch {self.last_batch}: lower optimizer.lr, or set optimizer.clip"
             )
-        self.metrics.loss(value.detach(), loss_terms(y))
-        return value
+        terms = loss_terms(y)
+        self.metrics.loss(value.detach(), terms)
+        return value * (self.microbatches * terms / self._terms)
 
 
 def microbatches(settings: Sync, stages: int, samples: int) -> int:

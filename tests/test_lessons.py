@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dnipipe.config import Predictor as Settings
 from dnipipe.kinds import build
+from dnipipe.labels import loss_terms
 from dnipipe.learner import Learner
 from dnipipe.lessons import MEMORY, Distance, Replay, rows
-from dnipipe.predictors import loss_terms
 from tests.test_predictors import IMAGES, SAMPLES, SEQUENCE, TOKENS, VALUES, example, loss
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from dnipipe.config import Predictor as Settings
 from dnipipe.errors import ConfigError
 from dnipipe.kinds import build
+from dnipipe.labels import loss_terms
 from dnipipe.learner import Learner
-from dnipipe.predictors import VFBN, Completed, Edge, class_axis, loss_terms
+from dnipipe.predictors import VFBN, Completed, Edge
 from tests.conftest import blobs
 
 SAMPLES = Edge((6, 8), (6,), (6, 3), 3)
@@ -199,20 +200,3 @@ def test_without_labels_it_cannot_be_found() -> None:
 def test_what_does_not_fit_is_refused(settings: Settings, edge: Edge, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(settings, edge, loss)
-
-
-@pytest.mark.parametrize(
-    ("output", "y", "axis"),
-    [
-        ((8, 10), (8,), 1),
-        ((8, 6, 10), (8, 6), 2),  # tokens
-        ((8, 10, 6, 6), (8, 6, 6), 1),  # as F.cross_entropy takes them
-        ((8, 1), (8,), None),  # one score
-        ((8, 1), (8, 1), None),
-        ((8, 5), (8, 5), None),  # several labels a sample
-        ((8, 3, 4, 4), (8, 3, 4, 4), None),  # bytes of an image
-        ((8, 10), (4,), None),
-    ],
-)
-def test_which_axis_scores_classes(output: tuple[int, ...], y: tuple[int, ...], axis: int | None) -> None:
-    assert class_axis(output, y) == axis

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dnipipe.errors import MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import Blend, Delayed, GradientRule, Local, Synthetic, Wait
+from dnipipe.labels import loss_terms
 from dnipipe.learner import Learner
 from dnipipe.lessons import Distance
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Saved
-from dnipipe.predictors import VFBN, Predictor, loss_terms
+from dnipipe.predictors import VFBN, Predictor
 from dnipipe.randomness import reseed
 from dnipipe.stage import POISONED, Stage, score
 from tests.conftest import Line, blobs, make_stages, narrow

@@ -24,6 +24,7 @@ from dnipipe.beside import NOWHERE, Beside
 from dnipipe.config import Sync, load
 from dnipipe.errors import ConfigError, DataError, MessageError, NonFiniteLoss
 from dnipipe.gradient_rules import RULES
+from dnipipe.labels import IGNORED
 from dnipipe.messages import Activation, Labels
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
@@ -130,6 +131,18 @@ def test_a_step_is_that_of_the_micro_batches_in_turn(joined: Callable[..., SyncS
     for ours, plainly in zip(stage.module.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours, plainly)
     assert stage.updates == 2 and stage.metrics.totals()["samples"] == 24
+
+
+def test_ignored_labels_weigh_nothing_in_whichever_micro_batch_they_are(joined: Callable[..., SyncStage]) -> None:
+    """Of three of four samples each: four labels count, then one, then none."""
+    stage, alone, seen = joined(), model(), batch(1)
+    alone[2].p = stage.module[2].p = 0.0  # whose mask a micro-batch draws for itself
+    seen.y[5:] = IGNORED
+    list(stage.handle(seen))
+    F.cross_entropy(alone(seen.x), seen.y).backward()
+    torch.optim.SGD(alone.parameters(), 0.1).step()
+    for ours, plainly in zip(stage.module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, plainly)
 
 
 def test_a_smaller_batch_is_left_out_and_counted(joined: Callable[..., SyncStage]) -> None:

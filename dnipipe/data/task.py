@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dnipipe.errors import DataError
+from dnipipe.labels import IGNORED, counting, outside
 
 
 class Batches(Protocol):
@@ -91,13 +92,15 @@ def check_batch(pair: object, classes: int | None, batch: int) -> tuple[Tensor, 
 def _check_labels(y: Tensor, classes: int, batch: int) -> None:
     if y.is_floating_point() or y.is_complex():
         raise DataError(f"batch {batch}: labels are {y.dtype}, expected whole numbers in [0, {classes})")
-    wrong = (y < 0) | (y >= classes)
+    if not counting(y).any():
+        raise DataError(f"batch {batch}: every label is {IGNORED}, which the loss ignores: leave such a batch out")
+    wrong = outside(y, classes)
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
         raise DataError(
             f"batch {batch}: label {y[position].item()} at position {list(position)} of y {tuple(y.shape)} is outside "
-            f"[0, {classes}): number the classes from 0 (an index that the loss ignores is not supported: leave such "
-            "samples out, or give them a class of their own)"
+            f"[0, {classes}): number the classes from 0; one that the loss is to ignore is {IGNORED}, as in "
+            "torch.nn.functional.cross_entropy"
         )
 
 

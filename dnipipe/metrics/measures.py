@@ -78,6 +78,7 @@ class StageMetrics:
         self._dots: list[Tensor] = []  # (3,) each, one a gradient, not yet in the next line's sum
         self._likeness: Tensor | float = 0.0  # (3,) sums since the last reading, of `_summed`
         self._loss: Tensor | float = 0.0  # 0-dim sum since the last reading
+        self._terms: Tensor | int = 0  # the same
         self._inputs: Tensor | float = 0.0  # (2,) sum since the last reading, of `unexplained`
         self._before = self.clock.seconds(), self.clock.processor()
         self._began = self._until = self.clock.now()  # of the run; the last batch was trained
@@ -112,10 +113,10 @@ class StageMetrics:
         self._lately.at_once += at_once
         self._lately.samples += samples
 
-    def loss(self, value: Tensor, terms: int) -> None:
-        """The mean loss of one batch (0-dim, detached, kept as a tensor) over so many terms."""
+    def loss(self, value: Tensor, terms: Tensor | int) -> None:
+        """The mean loss of one batch (0-dim, detached) over so many terms; both are kept as tensors."""
         self._loss = self._loss + value.float() * terms  # a sum in half precision would soon stop growing
-        self._lately.terms += terms
+        self._terms = self._terms + terms
 
     def received(self, predicted: Tensor | None, g: Tensor, staleness: int) -> None:
         """A gradient came, after so many updates; one in COMPARED is held against the predicted one. Both (B, D...)."""
@@ -198,8 +199,9 @@ class StageMetrics:
         if isinstance(self._inputs, Tensor):
             error, inputs = self._inputs.tolist()
             self._lately += _Sums(input_error=error, inputs=inputs)
-        self._lately.loss += float(self._loss)
+        self._lately += _Sums(loss=float(self._loss), terms=int(self._terms))
         self._likeness = self._loss = self._inputs = 0.0
+        self._terms = 0
 
 
 def _summed(rows: Tensor) -> Tensor:
