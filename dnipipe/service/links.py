@@ -127,7 +127,7 @@ class Links(ZmqTransport):
         it has only greeted: it may still be building.
         """
         bond = self._bonds[side]
-        if bond.heard and self._edges[side].hears(since=bond.heard):
+        if bond.heard and self._edges[side].hears(bond.heard, self.timeout):
             bond.spoke()
         return time.monotonic() - bond.heard if bond.heard else 0.0
 
@@ -278,7 +278,7 @@ class Links(ZmqTransport):
         self._check_key(edge)
         if edge.handshakes > bond.handshakes:
             bond.handshakes = edge.handshakes
-            self._lose(side, f"the connection to {edge.name} was made anew{edge.doubt}")
+            self._lose(side, f"the connection to {edge.name} was made anew")
             self._introduce(side, anew=True)
         elif gone := edge.gone:
             edge.deadline = None

@@ -22,7 +22,7 @@ from dnipipe.errors import MessageError, PeerLost
 from dnipipe.messages import Message
 from dnipipe.socket_file import SocketFile
 from dnipipe.transport import Side
-from dnipipe.transport.arriving import Arriving, doubt
+from dnipipe.transport.arriving import Arriving
 from dnipipe.transport.backlog import Backlog
 from dnipipe.transport.curve import Lock
 from dnipipe.transport.dropped import Dropped
@@ -87,9 +87,9 @@ class Edge:
         self.kept: deque[tuple[Header, list[Frame]]] = deque()  # taken from the socket while a send waited (gloo.py)
         self.backlog = Backlog(spare) if spare else None
         self.deadline: float | None = None  # when it is lost, unless a new connection comes
-        self.doubt = ""  # what else may have ended the last one
         self.token = ""  # which messages from the neighbour are meant: of this run, or of this connection (service/)
         self.handshakes = 0  # connections there have been
+        self.still = 0.0  # seconds for which not a byte has come, as far as `look` can tell
         self.sent = self.received = 0  # messages, which is also the number of the next one
         self.last_sent: int | None = None  # batch ids
         self.last_received: int | None = None
@@ -97,6 +97,8 @@ class Edge:
         self._connections: set[int] = set()  # file descriptors
         self._arriving = Arriving()
         self._part = 0.0  # when more of a message was seen to have come
+        self._begun = 0.0  # when it was the first time that more of this one had
+        self._within = False  # whether the last connection ended in the middle of one
         self.trying = False  # libzmq connects by itself
         self._ungreeted = 0  # of the connections: whose handshake is not over
         self._failed = 0  # how the last handshake did, if libzmq has told it
@@ -157,7 +159,7 @@ class Edge:
         (self.bind if binds else self.dial)()
         self._connections.clear()
         self.bad.clear()
-        self._greeted, self.deadline, self._ungreeted = False, None, 0
+        self._greeted, self.deadline, self._ungreeted, self.still = False, None, 0, 0.0
 
     # -- messages ----------------------------------------------------------------------------------------------
 
@@ -286,9 +288,8 @@ class Edge:
         """The last connection has ended. Another may come, but not where part of a message was lost with it: nothing
         has to follow that would show the gap, and each side would wait for the other.
         """
-        limit = self._options.get(zmq.HEARTBEAT_TIMEOUT, 0) / 1000
-        self.doubt = doubt(self._watched - self._got, limit) if self._part > self._got else ""
-        self.deadline = self._watched + (0.0 if self.doubt else self.grace)
+        self._within = self._part > self._got
+        self.deadline = self._watched + (GRACE["ipc"] if self._within else self.grace)
 
     def _not_let_in(self) -> None:
         """A handshake failed. Who binds goes on: it was a stranger. Who connects may have to try another key."""
@@ -311,7 +312,8 @@ class Edge:
     def gone(self) -> str:
         """Why the neighbour, which was there, is there no more; "" while it may still come back by itself."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        return f"{self.name} is gone: its process ended, or the connection broke{self.doubt}" if late else ""
+        within = " within a message" if self._within else ""
+        return f"{self.name} is gone: its process ended, or the connection broke{within}" if late else ""
 
     @property
     def connected(self) -> bool:
@@ -319,13 +321,20 @@ class Edge:
 
     def look(self) -> None:
         """See whether a message is on its way; of two connections one may be a stranger's: then nobody knows."""
-        if len(self._connections) == 1 and self._arriving.more(next(iter(self._connections)), self._got):
+        if len(self._connections) != 1:
+            self.still = 0.0
+            return
+        (connection,) = self._connections
+        if self._arriving.more(connection, self._got):
+            if self._part <= self._got:
+                self._begun = time.monotonic()
             self._part = time.monotonic()
+        self.still = self._arriving.still(connection)
 
-    def hears(self, since: float) -> bool:
-        """Whether part of a message has come since then."""
+    def hears(self, since: float, patience: float) -> bool:
+        """Whether part of a message has come since then, and that message has not taken longer than so many seconds."""
         self.look()
-        return self._part > since
+        return self._part > since and self._part - self._begun < patience
 
     @property
     def idle(self) -> bool:

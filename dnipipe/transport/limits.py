@@ -5,6 +5,9 @@ from __future__ import annotations
 import zmq
 
 from dnipipe.codec import HEADER_LIMIT
+from dnipipe.transport.arriving import TELLS
+
+STILL = 10  # seconds without a byte from the neighbour, or from its machine, after which it is gone
 
 # bytes by which CURVE makes a frame longer (RFC 26: "MESSAGE", a nonce, flags, a code that authenticates it)
 SEALED = 33
@@ -27,12 +30,25 @@ def options(queue: int, max_message: int, linger: float, tcp: bool, ipv6: bool) 
         zmq.IPV6: int(ipv6),  # off unless the address is one: else "localhost" may be two addresses (0)
     }
     if tcp:  # a socket file's other end cannot vanish without a trace
-        table |= {
-            zmq.HEARTBEAT_IVL: 1000,  # ms between two signs of life (none)
-            zmq.HEARTBEAT_TIMEOUT: 10000,  # ms without one, until the connection counts as broken (IVL)
-            zmq.HEARTBEAT_TTL: 10000,  # ms, the same asked of the neighbour (none)
-        }
+        table[zmq.HEARTBEAT_IVL] = 1000  # ms between two signs of life (none)
+        table |= _on_linux() if TELLS else _elsewhere()
     return table
 
 
-__all__ = ["options"]
+def _on_linux() -> dict[zmq.SocketOption, int]:
+    """A sign of life stands behind the frame that is on its way, and none is asked for: a frame may take its time."""
+    return {
+        zmq.HEARTBEAT_TIMEOUT: 0,  # ms without one, until the connection counts as broken; 0: never (IVL)
+        zmq.TCP_MAXRT: 1000 * STILL,  # ms in which nothing sent is acknowledged, until the kernel ends it (15 minutes)
+    }
+
+
+def _elsewhere() -> dict[zmq.SocketOption, int]:
+    """Where no kernel is asked how much of a frame has come (arriving.py): each must be whole in time."""
+    return {
+        zmq.HEARTBEAT_TIMEOUT: 1000 * STILL,
+        zmq.HEARTBEAT_TTL: 1000 * STILL,  # ms, the same asked of the neighbour (none)
+    }
+
+
+__all__ = ["STILL", "options"]

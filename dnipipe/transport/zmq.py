@@ -35,6 +35,7 @@ from dnipipe.messages import Message
 from dnipipe.transport import AT_EASE, Side
 from dnipipe.transport.edge import Edge
 from dnipipe.transport.edges import LINGER, Edges
+from dnipipe.transport.limits import STILL
 from dnipipe.transport.waker import Waker
 
 BAD_LIMIT = 100  # messages in a row that are none, after which their sender is given up
@@ -184,8 +185,14 @@ class ZmqTransport(Edges):
                 ready = self._poll(self._poller(sides, self._forwarded()), edges, min(left, LOOK_EVERY))
             if not ready:
                 for edge in edges:
-                    edge.look()
+                    self._look_for(edge)
         return None
+
+    def _look_for(self, edge: Edge) -> None:
+        """What is on its way; one who is still, whose kernel keeps the connection, was stopped. Raises PeerLost."""
+        edge.look()
+        if edge.still > STILL:
+            self._cut(edge, f"{edge.name} is gone: not a byte has come from it for {edge.still:.0f} s")
 
     def _sound(self, edges: Sequence[Edge]) -> bool:
         """Whether there is anything to wait for. Raises PeerLost."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -67,3 +68,21 @@ def test_more_of_a_message_is_a_word_and_half_of_one_that_comes_to_a_stop_is_non
     assert pair.ids(upper) == [1]
     holder.pieces.release(1000)
     pair.until(lambda: pair.ids(upper) == [1, 2], [upper])
+
+
+def test_a_message_that_takes_for_ever_is_a_silence_in_the_end(pair: Pair, holder: Holder) -> None:
+    """After transport.timeout: or else whoever writes byte by byte would be waited for."""
+    upper, lower = pair.stage(0), pair.stage(1)
+    pair.until_spoken(upper, lower)
+    holder.holds, upper.timeout = True, 0.1
+    lower.send(PREVIOUS, Gradient(2, torch.zeros(200_000)))  # a dozen pieces
+
+    def drips() -> bool:
+        time.sleep(0.1)
+        holder.pieces.release()
+        return upper.quiet(NEXT) > 0.3
+
+    before = heard(upper)
+    pair.until(drips, [upper])
+    assert heard(upper) > before and upper._edges[NEXT]._part > heard(upper)
+    assert pair.ids(upper) == [1]

@@ -22,6 +22,8 @@ from dnipipe import codec
 from dnipipe.errors import ConfigError, MessageError, WaitTimeout
 from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Stop
 from dnipipe.metrics import Clock
+from dnipipe.transport import limits
+from dnipipe.transport import zmq as module
 from dnipipe.transport.zmq import BAD_LIMIT, ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Zmq, assert_lost, batches, take
 
@@ -110,6 +112,26 @@ def test_a_killed_neighbour_is_lost(zeromq: Zmq) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.mark.processes
+def test_a_stopped_neighbour_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel keeps the connection, and acknowledges what comes."""
+    for each in (limits, module):
+        monkeypatch.setattr(each, "STILL", 1)
+    factory = Zmq("tcp", tmp_path)
+    with contextlib.closing(factory.one()) as parent:
+        endpoint = parent.listen(factory.address())
+        child = subprocess.Popen([sys.executable, "-c", CHILD, endpoint, b"not ours".hex()])
+        try:
+            while not parent.dropped:
+                assert parent.receive([NEXT], 0.1) is None
+            assert parent.receive([NEXT], 3.0) is None  # only signs of life
+            child.send_signal(signal.SIGSTOP)
+            assert_lost(parent, NEXT, "stage n is gone: not a byte has come from it for")
+        finally:
+            child.kill()
+            child.wait()
 
 
 @pytest.mark.parametrize("idle", [0.0, 100.0])
