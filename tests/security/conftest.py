@@ -16,7 +16,7 @@ from dnipipe.keys import KeyRing
 from dnipipe.messages import Gradient
 from dnipipe.service import links
 from dnipipe.service.links import Links
-from dnipipe.transport import edge
+from dnipipe.transport import line
 from dnipipe.transport.zmq import ZmqTransport
 from tests.service.test_links import Pair, activation
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT
@@ -58,7 +58,7 @@ class Party:
 
 @pytest.fixture
 def party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Party]:
-    monkeypatch.setitem(edge.GRACE, "tcp", 0.2)
+    monkeypatch.setitem(line.GRACE, "tcp", 0.2)
     monkeypatch.setattr("dnipipe.transport.zmq.LINGER", 0.0)  # what is sent here is not worth waiting for
     with contextlib.closing(Party(tmp_path)) as made:
         yield made

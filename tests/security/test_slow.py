@@ -21,7 +21,7 @@ from benchmarks.relay import Passed, Relay
 from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Checkpoint, Gradient
-from dnipipe.transport import edge, limits
+from dnipipe.transport import limits, line
 from dnipipe.transport import zmq as zeromq
 from dnipipe.transport.arriving import TELLS
 from dnipipe.transport.zmq import ZmqTransport
@@ -129,7 +129,7 @@ def test_a_connection_that_breaks_within_a_message_is_not_waited_for(
     party: Party, dripper: Dripper, locked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was lost with it shows by no gap, for who waits for it says nothing more; and no other edge is touched."""
-    monkeypatch.setitem(edge.GRACE, "tcp", WAIT)
+    monkeypatch.setitem(line.GRACE, "tcp", WAIT)
     dripper.piece = 200
     first, middle, _ = three(party, dripper, locked)
     while not middle._edges[NEXT].hears(0.0, WAIT):

@@ -25,7 +25,7 @@ from torch.distributed import FileStore
 
 from dnipipe.beside import Beside
 from dnipipe.messages import Message
-from dnipipe.transport import AT_EASE, Side, edge
+from dnipipe.transport import AT_EASE, Side, line
 from dnipipe.transport.apart import ApartTransport
 from dnipipe.transport.nccl import NcclTransport
 
@@ -95,7 +95,7 @@ class Remote:
 
 def _serve(end: int, make: Make, calls: Connection, wakes: Connection) -> None:
     torch.set_num_threads(1)
-    edge.GRACE["tcp"] = 0.2
+    line.GRACE["tcp"] = 0.2
     transport: ApartTransport | None = None
 
     def waking() -> None:

@@ -25,7 +25,7 @@ from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Checkpoint, Message
 from dnipipe.staging import StagedTransport
-from dnipipe.transport import Side, Transport, edge
+from dnipipe.transport import Side, Transport, line
 from dnipipe.transport.apart import ApartTransport, Bulk, choose_interface
 from dnipipe.transport.gloo import INTERFACE, GlooTransport
 from dnipipe.transport.laboratory import Laboratory
@@ -144,7 +144,7 @@ def hosts() -> Iterator[list[apart.Host]]:
 
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(edge.GRACE, "tcp", 0.2)
+    monkeypatch.setitem(line.GRACE, "tcp", 0.2)
 
 
 @contextlib.contextmanager
