@@ -11,8 +11,9 @@ from dnipipe.errors import ConfigError
 from dnipipe.keys import command
 
 
-def check_address(address: str) -> None:
-    """Raises ConfigError unless it is ipc with a path, or tcp with one interface's address and a port."""
+def check_address(address: str, listens: bool = True) -> None:
+    """Raises ConfigError unless it is ipc with a path, or tcp with a port; who `listens` needs one interface's address.
+    """
     scheme, _, rest = address.partition("://")
     if scheme == "ipc":
         if not rest or rest[0] in "*@":  # a file in the working folder; an abstract name that any user may connect to
@@ -24,7 +25,7 @@ def check_address(address: str) -> None:
         raise ConfigError(
             f"{address}: expected ipc:///folder/file, or tcp://address:port with a port of 1 to 65535 or *"
         )
-    if _is_every_interface(host.strip("[]")):
+    if listens and _is_every_interface(host.strip("[]")):
         raise ConfigError(f"{address} would listen on all interfaces: set transport.address to the one to use")
 
 

@@ -37,6 +37,10 @@ TRYING = zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECT_RETRIED
 ENDED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 EVENTS = OPENED | FAILED | TRYING | ENDED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_LISTENING
 
+# One of libzmq's threads for each side, as a bit: it looks up the name that it connects to, and a name server that does
+# not answer holds it up for many seconds.
+THREADS = {Side.PREVIOUS: 1, Side.NEXT: 2}
+
 WATCH_EVERY = 0.02  # seconds
 
 READABLE = int(zmq.POLLIN)  # a plain number: arithmetic on zmq's enumerations costs more than the call that it is for
@@ -94,9 +98,11 @@ class Line:
     def _open(self) -> None:
         # until the first handshake: what the socket already had would be lost when another key is tried
         self.held_back = self.lock is not None and self.side is Side.PREVIOUS
+        self._dialed = False
         self.socket = self._context.socket(zmq.DEALER)
         for option, value in self._options.items():
             self.socket.set(option, value)
+        self.socket.set(zmq.AFFINITY, THREADS[self.side])
         if self.lock:
             self.lock.put_on(self.socket)
         self.monitor = self.socket.get_monitor_socket(EVENTS)
@@ -111,8 +117,9 @@ class Line:
 
     def dial(self) -> None:
         """Connect to the endpoint, again if a handshake failed. Raises ZMQError."""
-        with contextlib.suppress(zmq.ZMQError):  # not connected yet, or libzmq gave it up
-            self.socket.disconnect(self.endpoint)
+        if self._dialed:  # or else libzmq would look the name up, in this thread
+            with contextlib.suppress(zmq.ZMQError):  # it gave it up
+                self.socket.disconnect(self.endpoint)
         self.refused = ""
         if self.lock:
             self.lock.put_on(self.socket)
@@ -120,7 +127,7 @@ class Line:
                 self.refused = f"no key of {self.name} is in {self.lock.ring.folder / 'public'}"
                 return
         self.socket.connect(self.endpoint)
-        self.trying = True
+        self._dialed = self.trying = True
 
     def cut(self) -> None:
         """Every connection ends, with what was not sent within HASTE; whoever may come can come again."""
