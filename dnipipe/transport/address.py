@@ -12,8 +12,7 @@ from dnipipe.keys import command
 
 
 def check_address(address: str, listens: bool = True) -> None:
-    """Raises ConfigError unless it is ipc with a path, or tcp with a port; who `listens` needs one interface's address.
-    """
+    """Raises ConfigError unless it is ipc with a path, or tcp with a port; who `listens` names one interface, too."""
     scheme, _, rest = address.partition("://")
     if scheme == "ipc":
         if not rest or rest[0] in "*@":  # a file in the working folder; an abstract name that any user may connect to
