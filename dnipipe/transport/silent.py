@@ -10,7 +10,6 @@ greeting, and if one has keys and the other has none, hears nothing of the reaso
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 
@@ -21,10 +20,14 @@ LONGEST = 3600  # seconds, after which one is accepted all the same
 
 def keep_waiting(listening: int) -> None:
     """Whoever connects to this tcp socket from now on; `listening` is its descriptor, and stays whose it is."""
-    if sys.platform == "linux":
-        with socket.socket(fileno=os.dup(listening)) as known:
-            known.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, LONGEST)
-            known.listen(WAITING)
+    if sys.platform != "linux":
+        return
+    known = socket.socket(fileno=listening)  # no copy of it: the crowd may have taken the last file
+    try:
+        known.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, LONGEST)
+        known.listen(WAITING)
+    finally:
+        known.detach()
 
 
 __all__ = ["CROWD", "keep_waiting"]

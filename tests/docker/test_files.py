@@ -25,8 +25,8 @@ DOCKER = ROOT / "docker"
 COMPOSE = sorted(path.name for path in DOCKER.glob("compose*.yaml"))
 # of a service; what docker-compose 1.29 does not know, it refuses
 SERVICE = (
-    "build cap_add command depends_on dns_opt entrypoint environment healthcheck hostname image init networks ports profiles "
-    "restart stop_grace_period user volumes"
+    "build cap_add command depends_on dns_opt entrypoint environment healthcheck hostname image init networks ports "
+    "profiles restart stop_grace_period user volumes"
 )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ from benchmarks.faults import strangers
 from dnipipe.errors import PeerLost
 from dnipipe.keys import KeyRing
 from dnipipe.messages import Answer, Checkpoint
+from dnipipe.transport.silent import keep_waiting
 from tests.security.conftest import Party
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, batches
 
@@ -63,6 +67,23 @@ def test_400_idle_connections_do_not_keep_the_neighbour_out(
         while len(list(Path(f"/proc/{child.pid}/fd").iterdir())) > 40:
             time.sleep(0.05)
         assert (sum(map(strangers.still_open, crowd)) > 200) == (not word)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's limits")
+def test_to_keep_a_crowd_waiting_takes_no_file() -> None:
+    """It may have taken the last one before anybody heard of it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                os.dup(0)
+            keep_waiting(server.fileno())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) > 0
 
 
 def test_an_oversize_frame_is_not_taken_in(party: Party) -> None:
