@@ -66,7 +66,7 @@ class GuessingKeeper(Keeper):
     def _tick(self) -> None:
         super()._tick()
         if self.draws and self.draws.count and not self.links.up(Side.PREVIOUS):
-            self._news(self._turned, self.index - 1, self.draws.left)
+            self.news.away(self._turned, self.index - 1, self.draws.left)
 
     # -- batches -----------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class GuessingKeeper(Keeper):
         if self.links.up(Side.NEXT) or not isinstance(message, (Activation, Input)):
             super().send(message)
         elif isinstance(message, Input):  # of a batch that is not drawn by p_update nothing else is sent
-            self._trained_alone(message.batch)
+            self.stand_in.trained(message.batch)
 
 
 __all__ = ["GuessingKeeper"]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -42,11 +41,9 @@ from dnipipe.service.absence import Absence
 from dnipipe.service.ledger import Ledger
 from dnipipe.service.limits import STOOD, TURN, Limit, Pace, of_silence
 from dnipipe.service.links import Gone, Links
+from dnipipe.service.standin import News, StandIn
 from dnipipe.transport import Side
 from dnipipe.worker import Worker
-
-LOST = torch.empty(0, dtype=torch.float64)  # in the place of an answer that will never come
-NEWS = 5.0  # seconds between two lines about a neighbour that stays away
 
 
 class AskedToEnd(Exception):
@@ -92,19 +89,17 @@ class Keeper(Worker):
     ) -> None:
         super().__init__(*arguments, **{**options, "timeout": patience})
         self.links, self.ledger, self.agreement = links, ledger, agreement
-        self.total, self.unguided, self.patience = total, unguided, patience
+        self.total, self.patience = total, patience
         self.silence, self.hung = silence, hung
         self.save_own, self.over, self.save_every, self.alive, self.say = save_own, over, save_every, alive, say
         self.first = first
         self.absence, self.pace = Absence(self.index, patience), Pace(hung)
-        self.alone = 0  # batches trained since the next stage went away
-        self.answers: deque[Message] = deque()  # what the next stage would have said, made here
+        self.stand_in, self.news = StandIn(unguided, ledger), News(say)
         self.final_reports: dict[int, Report] = {}
         self.finished = self.farewell = False
         self._stays = 0.0  # when it goes without a farewell
         self._turned = time.monotonic()  # when the loop last came round
         self._next_save = self._turned + save_every
-        self._next_news = 0.0
         links.events.clear()  # what they told is known here
         links.stood(math.inf)  # nobody listened while the stage was built
         for side in self._neighbours:
@@ -116,9 +111,9 @@ class Keeper(Worker):
 
     def _next(self) -> Message | None:
         self._attend()
-        while self.answers:
+        while self.stand_in.answers:
             self._tick()
-            answer = self.answers.popleft()
+            answer = self.stand_in.answers.popleft()
             if self._asked(answer):  # the real one may have come after all
                 return answer
         if self.first:
@@ -150,7 +145,7 @@ class Keeper(Worker):
         self.ledger.begun(batch)
 
     def _room(self) -> bool:
-        return super()._room() and (self.stage.last or self.links.up(Side.NEXT) or self.alone < self.unguided)
+        return super()._room() and (self.stage.last or self.links.up(Side.NEXT) or self.stand_in.left > 0)
 
     def _until_due(self) -> float:
         return min(TURN, super()._until_due())
@@ -221,16 +216,11 @@ class Keeper(Worker):
             self.final_reports[message.stage] = message
         away = not self.links.up(Side.NEXT)
         if away and isinstance(message, Activation):
-            self._trained_alone(message.batch)
+            self.stand_in.trained(message.batch)
         elif away and isinstance(message, Evaluation):
-            self.answers.append(Answer(message.batch, LOST))
+            self.stand_in.evaluated(message.batch)
         else:
             super().send(message)
-
-    def _trained_alone(self, batch: int) -> None:
-        self.alone += 1
-        self.ledger.alone(batch)
-        self.answers.append(Gradient(batch, None))
 
     def _tell(self, error: BaseException) -> None:
         """A stage that fails is missed, and comes back: only one that gave up, or heard of it, ends the others; or that
@@ -258,10 +248,9 @@ class Keeper(Worker):
         if side is Side.PREVIOUS:
             self.say(f"{why}; {self._meanwhile()}")
             return
-        self.alone = 0
-        self.answers.extend(Gradient(batch, None) for batch in waiting)
-        self.answers.extend(Answer(number, LOST) for number in sorted(self.stage.evaluating))
-        self.say(f"{why}; going on alone for {self.unguided} batches (service.unguided_batches), then waiting for it")
+        self.stand_in.begin(waiting, sorted(self.stage.evaluating))
+        alone = f"{self.stand_in.left} batches (service.unguided_batches)"
+        self.say(f"{why}; going on alone for {alone}, then waiting for it")
 
     def _meanwhile(self) -> str:
         """What it does while the stage before is away."""
@@ -273,8 +262,8 @@ class Keeper(Worker):
         stage = self.index + (1 if side is Side.NEXT else -1)
         self.ledger.back(stage, self.links.last_of(side) if side is Side.NEXT else None)
         if side is Side.NEXT:
-            self.say(f"stage {stage} is there" + (f", after {self.alone} batches without it" if self.alone else ""))
-            self.alone = 0
+            alone = self.stand_in.end()
+            self.say(f"stage {stage} is there" + (f", after {alone} batches without it" if alone else ""))
             self.links.send(side, self.agreement)
             if self.stopping:
                 self.links.send(side, Stop(self.stage.last_batch))
@@ -305,13 +294,8 @@ class Keeper(Worker):
         if now >= self._next_save:
             self._next_save = now + self.save_every
             self.save_own()
-        if not self.links.up(Side.NEXT) and self.alone:
-            self._news(now, self.index + 1, self.unguided - self.alone)
-
-    def _news(self, now: float, stage: int, left: int) -> None:
-        if now >= self._next_news:
-            self._next_news = now + NEWS
-            self.say(f"stage {stage} is away: {max(0, left)} batches left to train without it")
+        if not self.links.up(Side.NEXT) and self.stand_in.alone:
+            self.news.away(now, self.index + 1, self.stand_in.left)
 
     def _needed(self) -> list[Side]:
         """Neighbours without which the run cannot end; who only has to hear the farewell has a limit of its own."""
@@ -360,4 +344,4 @@ class Keeper(Worker):
             self.links.send(Side.NEXT, Farewell(self.stage.last_batch))
 
 
-__all__ = ["LOST", "AskedToEnd", "Keeper"]
+__all__ = ["AskedToEnd", "Keeper"]

@@ -39,11 +39,8 @@ def stand(tmp_path: Path) -> Iterator[Callable[..., Stand]]:
     made: list[Stand] = []
 
     def make(unguided: int = 100) -> Stand:
-        said: list[str] = []
-        kind = partial(GuessingKeeper, draws=Draws(drawing, unguided, said.append))
-        made.append(Stand(tmp_path, unguided, stage=unlocked(fixed)[1], kind=kind))
-        made[-1].said = said
-        made[-1].keeper.say = said.append
+        draws = Draws(drawing, unguided, lambda line: made[-1].said.append(line))
+        made.append(Stand(tmp_path, unguided, stage=unlocked(fixed)[1], kind=partial(GuessingKeeper, draws=draws)))
         return made[-1]
 
     yield make

@@ -17,8 +17,8 @@ from dnipipe.display import Display
 from dnipipe.errors import WaitTimeout
 from dnipipe.messages import Activation, Answer, Evaluation, Message, Stop
 from dnipipe.metrics import Clock, StageMetrics
-from dnipipe.service.keeper import LOST
 from dnipipe.service.script import RETRY, PatientHead
+from dnipipe.service.standin import LOST
 
 SCORE = torch.tensor([6.0, 1.0, 2.0, 2.0], dtype=torch.float64)
 LIMIT = 10_000  # messages
