@@ -28,11 +28,12 @@ from dnipipe.learner import Learner
 from dnipipe.lessons import Replay
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
+from dnipipe.pairs import joined
 from dnipipe.phases import Phases
 from dnipipe.predictors import Edge, Loss
 from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
-from dnipipe.split import Plan, Work
+from dnipipe.split import Like, Plan, Work
 from dnipipe.stage import Stage
 from dnipipe.staging import StagedTransport
 from dnipipe.started import unheard
@@ -154,8 +155,8 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
     # whatever the user, or an evaluation of a run before this one, left its layers in
     module = round_off(split.part(model, plan, index).to(device).train(), settings.pipeline, device)
     if compiled := settings.pipeline.compile:
-        dtype, shape = plan.h(index - 1) if index else (plan.x_dtype, plan.x)
-        compile_forward(module, torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
+        x, along = plan.input(index)
+        compile_forward(module, joined(_zeros(x, device), along and _zeros(along, device)))
     job = replace(job, loss=rounded(job.loss, settings.pipeline, device))
     return kind_of(settings, plan, index)(
         index,
@@ -180,6 +181,10 @@ def build_stage(job: Job, model: nn.Module, plan: Plan, index: int, total: int, 
         graphs=Graphs(0 if compiled else settings.pipeline.memory * 2**20 // 2),
         copies=plan.copies(index),
     )
+
+
+def _zeros(like: Like, device: torch.device) -> Tensor:
+    return torch.zeros(like[1], dtype=getattr(torch, like[0]), device=device)
 
 
 def kind_of(settings: Config, plan: Plan, index: int) -> Callable[..., Stage]:
@@ -254,6 +259,11 @@ def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
     """What guesses the stage's input; stage 0's needs no guess. Initial weights depend on seed and layer alone."""
     if index == 0:
         return None
+    if plan.along(index - 1):
+        raise ConfigError(
+            f"rule.forward_unlock = true: stage {index - 1} gives a pair, and a guess is of one tensor: leave it at "
+            "false"
+        )
     reseed(settings.train.seed, plan.layers_of(index)[0], "inputs")
     made = inputs.build(settings.predictor, plan.x, plan.x_dtype, plan.edge(index - 1))
     device = device_of(settings)

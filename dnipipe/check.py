@@ -56,6 +56,8 @@ def one_batch(stages: list[Stage], first: Activation) -> None:
 
 def _edge(wire: WireSettings, plan: Plan, k: int) -> str:
     edge = f"edge {k} → {k + 1}  {_tensor(*plan.h(k))}"
+    if along := plan.along(k):
+        edge += f" (and {_tensor(*along)} along with it, down only)"
     if not wire.changes:
         return f"{edge} a batch each way"
     few = f", one in {wire.gradient_every}" if wire.gradient_every > 1 else ""

@@ -1,12 +1,13 @@
 """A message as frames, and back: one small header, then the raw bytes of each tensor.
 
     frame 0   seq, batch   8 bytes each: what differs from one message to the next
-              then msgpack {"protocol": 6, "run": …, "type": "Activation",
-                            "fields": {"x": ["int8", [32, 128]], "y": ["int64", [32]], "scale": ["float32", [32, 1]]}}
+              then msgpack {"protocol": 7, "run": …, "type": "Activation",
+                            "fields": {"x": ["int8", [32, 128]], "y": ["int64", [32]], "scale": ["float32", [32, 1]],
+                                       "along": None}}
     frame 1   the bytes of x                    frame 2   the bytes of y                  frame 3   those of scale
 
 Frame 0 has at most 4096 bytes; numbers and the bytes of tensors are little-endian, tensors in C order. A tensor that is
-None (here a scale, if x travels as it is) has no frame; the batch of a message that has none is 0. Over tcp without
+None (here what could travel along) has no frame; the batch of a message that has none is 0. Over tcp without
 keys a last frame follows: the checksum of all (transport/edge.py).
 
 No pickle, and no copy of a tensor that lies contiguous in the main memory: a frame is a view of it, and a decoded
@@ -34,7 +35,7 @@ from dnipipe.fields import FRESH, HEADER, OF_A_BATCH, OPTIONAL, TABLES, TYPES, a
 from dnipipe.messages import PROTOCOL, Message
 
 HEADER_LIMIT = 4096  # bytes of the header
-FRAME_LIMIT = 5  # frames of a message: the header and at most so many tensors less one
+FRAME_LIMIT = 6  # frames of a message: the header and at most so many tensors less one
 NDIM_LIMIT = 8
 KNOWN = 64  # headers that are remembered, of a process: a few KB
 TENSOR_LIMIT = 256 * 2**20  # bytes of one tensor, where the caller names no other limit

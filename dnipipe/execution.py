@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from dnipipe.config import Pipeline
 from dnipipe.errors import ConfigError, told
+from dnipipe.pairs import first
 from dnipipe.scaling import scaled
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Run = Callable[..., Tensor]
+Run = Callable[..., Any]
 
 
 def rounded(run: Run, settings: Pipeline, device: torch.device) -> Run:
@@ -33,10 +34,10 @@ def rounded(run: Run, settings: Pipeline, device: torch.device) -> Run:
         return run
 
     @functools.wraps(run)
-    def under(*arguments: Tensor) -> Tensor:
+    def under(*arguments: Any) -> Any:
         with torch.autocast(device.type, dtype):
             out = run(*arguments)
-        return out.float() if out.dtype is dtype else out
+        return first(lambda h: h.float() if h.dtype is dtype else h, out)
 
     return under
 
@@ -55,7 +56,7 @@ def round_off(module: nn.Module, settings: Pipeline, device: torch.device, guess
     return module
 
 
-def compile_forward(module: nn.Module, x: Tensor) -> None:
+def compile_forward(module: nn.Module, x: Any) -> None:
     """Make the module's forward, in place, a compiled one, and run it on x, one of its inputs, which changes nothing.
 
     Random numbers are drawn as without (fallback_random): a batch's are a function of its id (randomness.py).
@@ -63,9 +64,8 @@ def compile_forward(module: nn.Module, x: Tensor) -> None:
     """
     plain = module.forward
 
-    def forward(x: Tensor) -> Tensor:
-        h: Tensor = plain(x)  # torch compiles a function of ours, and not one of nn.Sequential's own
-        return h
+    def forward(x: Any) -> Any:
+        return plain(x)  # torch compiles a function of ours, and not one of nn.Sequential's own
 
     # torch counts what it has compiled by code object, up to 8, which stages of one process would share
     forward.__code__ = forward.__code__.replace()

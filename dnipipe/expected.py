@@ -36,6 +36,7 @@ from dnipipe.messages import (
     Stop,
     Upward,
 )
+from dnipipe.pairs import joined
 from dnipipe.split import Plan
 from dnipipe.transport import Side
 from dnipipe.wire import form_of, scale_fits
@@ -64,6 +65,7 @@ def expected(plan: Plan, wire: WireSettings, stage: int, sizes: Sizes | None = N
             where = f"{type(message).__name__}.x of batch {message.batch}"
             _like(plan, stage - 1, form, message.x, getattr(message, "scale", None), where)
             _of_sizes(message.x, sizes or {}, where)
+            _along(plan, stage - 1, message, where.replace(".x of", ".along of"))
         elif isinstance(message, Gradient) and message.g is not None:
             _like(plan, stage, wire.gradients, message.g, message.scale, f"Gradient.g of batch {message.batch}")
         if isinstance(message, (Activation, Evaluation, Input, Labels)) and message.y is not None:
@@ -86,6 +88,20 @@ def _like(plan: Plan, lower: int, setting: str, tensor: Tensor, scale: Tensor | 
     if not scale_fits(tensor, scale, form):
         came = "no scale" if scale is None else f"a scale {scale.dtype} {tuple(scale.shape)}"
         raise MessageError(f"{where}: {came} came for {dtype} {tuple(tensor.shape)}", WRONG)
+
+
+def _along(plan: Plan, lower: int, message: Activation | Evaluation, where: str) -> None:
+    """What travels with h (pairs.py)."""
+    planned, along = plan.along(lower), message.along
+    wanted = planned and (planned[0], len(planned[1]))
+    came = None if along is None else (str(along.dtype).removeprefix("torch."), along.dim())
+    if came != wanted:
+        said = ["nothing" if each is None else f"{each[0]} with {each[1]} dimensions" for each in (came, wanted)]
+        raise MessageError(f"{where}: {said[0]} came, this edge carries {said[1]} with each activation", WRONG)
+    if along is not None and along.shape[0] != message.x.shape[0]:
+        raise MessageError(
+            f"{where}: of {along.shape[0]} samples, and the activation is of {message.x.shape[0]}", WRONG
+        )
 
 
 def _of_sizes(tensor: Tensor, sizes: Sizes, where: str) -> None:
@@ -139,7 +155,9 @@ DEMANDS: dict[type[nn.Module], Callable[[Any], dict[int, int]]] = {
 }
 
 
-def demanded(module: nn.Module, dtype: str, shape: Sequence[int]) -> dict[int, int]:
+def demanded(
+    module: nn.Module, dtype: str, shape: Sequence[int], along: tuple[str, tuple[int, ...]] | None = None
+) -> dict[int, int]:
     """The sizes that the module's input must have, whatever the batch, for a batch of this dtype and shape.
 
     Those that the parameters of a layer demand, the first that takes the input as it came. Found with a copy whose
@@ -148,7 +166,7 @@ def demanded(module: nn.Module, dtype: str, shape: Sequence[int]) -> dict[int, i
     takes seconds. {} if nobody knows.
     """
     found: dict[int, int] = {}
-    x = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
+    x, beside = _empty(dtype, shape), _empty(*along) if along else None
 
     def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if inputs and inputs[0] is x:
@@ -162,10 +180,14 @@ def demanded(module: nn.Module, dtype: str, shape: Sequence[int]) -> dict[int, i
             if type(layer) in DEMANDS:
                 layer.register_forward_pre_hook(look)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            twin(x)
+            twin(joined(x, beside))
     except Exception:  # found; or layers that want numbers, or a device
         return found
     return found
+
+
+def _empty(dtype: str, shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
 
 
 class _Found(Exception):

@@ -18,7 +18,7 @@ from typing import Union
 
 from torch import Tensor
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Activation:
     x: Tensor  # (B, D...) the receiver's input
     y: Tensor  # (B, ...) labels
     scale: Tensor | None = None  # (B, ..., 1) of x's rows while it travels rounded (wire.py); no stage sees one
+    along: Tensor | None = None  # the second of a pair that the layers before gave (pairs.py); never rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class Evaluation:
     batch: int
     x: Tensor  # (B, D...)
     y: Tensor | None  # (B, ...) labels; None asks for the model's output instead of its loss
+    along: Tensor | None = None  # as in Activation
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,13 @@ again     batch, x ──► h, later        with the same random numbers, no st
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
 
+from dnipipe.pairs import Pair, first, joined, parted
 from dnipipe.randomness import reseed
 from dnipipe.stash import Graphs, Stash
 
@@ -34,27 +36,28 @@ class Passes:
         if self.module.training != training:
             self.module.train(training)
 
-    def forward(self, batch: int, x: Tensor, stash: Stash | None, held: Stash | None) -> Tensor:
+    def forward(
+        self, batch: int, x: Tensor, along: Tensor | None, stash: Stash | None = None, held: Stash | None = None
+    ) -> Pair:
         """If h's graph may wait, it is one on the `held` copy; else its size is noted the first time."""
         reseed(self.seed, self.first_layer, batch)
+        given = joined(x, along)
         if held:
-            return held.forward(self.module, x)
+            return parted(functional_call(self.module, held.weights, (given,)))
         with self.graphs.measured(self.module, x) if stash and self.graphs.size(x) is None else nullcontext():
-            h: Tensor = self.module(x)
-        return h
+            return parted(self.module(given))
 
-    def again(self, batch: int, x: Tensor, stash: Stash | None = None) -> Tensor:
+    def again(self, batch: int, x: Tensor, along: Tensor | None, stash: Stash | None = None) -> Tensor:
         """The forward of a batch that waited: buffers (BatchNorm) as they are, and kept so."""
         self.mode(training=True)
         reseed(self.seed, self.first_layer, batch)
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         weights = {**buffers, **(stash.weights if stash else {})}
-        h: Tensor = functional_call(self.module, weights, (x,))
-        return h
+        return parted(functional_call(self.module, weights, (joined(x, along),)))[0]
 
 
-def _copied(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].clone(), *inputs[1:])
+def _copied(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (first(Tensor.clone, inputs[0]), *inputs[1:])
 
 
 __all__ = ["Passes"]

@@ -15,6 +15,7 @@ class Pending:
     """A batch that lacks its gradient: data, and a graph only on weights that nothing changes."""
 
     x: Tensor | None  # the input (B, D...), if a backward is still to come
+    along: Tensor | None  # what came with x (pairs.py), as long as x is kept
     h: Tensor  # the output (B, D...), detached
     y: Tensor
     predicted: Tensor | None  # ĝ, if the rule made one
@@ -31,8 +32,8 @@ class Pending:
     def kept(self) -> int:
         """Bytes that wait with it, besides the graph's."""
         weights = self.stash.weights.values() if self.stash else ()
-        own = [tensor for tensor in (self.x, self.h, self.y, self.predicted, self.back) if tensor is not None]
-        return sum(tensor.nbytes for tensor in (*own, *weights))
+        own = (self.x, self.along, self.h, self.y, self.predicted, self.back)
+        return sum(tensor.nbytes for tensor in (*own, *weights) if tensor is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from dnipipe.pairs import first
+
 # of the largest element of a scaled gradient. float16 ends at 65504: that leaves room for sums over half a million of
 # them, and what is a millionth of it is not lost yet
 LARGEST_EXPONENT = -3  # it is under 2^-3, and not under half of that
@@ -66,15 +68,15 @@ def _down(x: Tensor, scale: _Scale) -> Tensor:
 class _Plain(nn.Module):
     """A module as functional_call can run it: by `run`, its forward, with other tensors as its weights."""
 
-    def __init__(self, module: nn.Module, run: Callable[..., Tensor]) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
         self.module, self.run = module, run
 
-    def forward(self, *arguments: Tensor) -> Tensor:
+    def forward(self, *arguments: Any) -> Any:
         return self.run(*arguments)
 
 
-def scaled(module: nn.Module, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def scaled(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, the module's forward, such that a gradient of what it returns goes back through it scaled.
 
     It may go back twice; each time begins with its own scale. A gradient of a gradient is refused by autograd. Weights
@@ -82,14 +84,14 @@ def scaled(module: nn.Module, run: Callable[..., Tensor]) -> Callable[..., Tenso
     """
     plain = _Plain(module, run)
 
-    def forward(*arguments: Tensor) -> Tensor:
+    def forward(*arguments: Any) -> Any:
         if not torch.is_grad_enabled():
             return run(*arguments)
         scale = _Scale()
         weights = {f"module.{name}": _down(p, scale) for name, p in module.named_parameters()}
-        given = tuple(_down(x, scale) for x in arguments)
-        h: Tensor = _Up.apply(functional_call(plain, weights, given), scale)  # type: ignore[no-untyped-call]
-        return h
+        given = tuple(first(lambda x: _down(x, scale), each) for each in arguments)
+        out = functional_call(plain, weights, given)
+        return first(lambda h: _Up.apply(h, scale), out)  # type: ignore[no-untyped-call]
 
     return forward
 

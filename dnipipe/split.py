@@ -25,12 +25,14 @@ from torch import Tensor
 
 from dnipipe.errors import SplitError
 from dnipipe.labels import class_axis
+from dnipipe.pairs import Pair, joined, parted
 from dnipipe.predictors import Edge
 
 REPEATS = 6  # measurements of a layer
 LEAST, WORTH = 0.25, 1.1  # of balance
 INFINITE = float("inf")
 
+Like = tuple[str, tuple[int, ...]]  # a tensor's dtype, by name, and shape
 Cost = Callable[[range, bool], float]  # (layers of a stage, whether it is the last one) -> seconds of a batch, or inf
 
 
@@ -61,6 +63,7 @@ class Plan:
     y: tuple[int, ...]  # shape of the labels
     classes: int | None  # labels are whole numbers in [0, classes)
     writes: tuple[bool, ...] = ()  # whether each layer writes into its input, as nn.ReLU(inplace=True) does
+    alongs: tuple[Like | None, ...] = ()  # what each layer gives beside its output (pairs.py)
 
     @property
     def stages(self) -> int:
@@ -71,10 +74,18 @@ class Plan:
         edges = (0, *self.boundaries, len(self.layers))
         return range(edges[stage], edges[stage + 1])
 
-    def h(self, stage: int) -> tuple[str, tuple[int, ...]]:
+    def h(self, stage: int) -> Like:
         """(dtype, shape) of the stage's output."""
         last = self.layers_of(stage)[-1]
         return self.dtypes[last], self.shapes[last]
+
+    def along(self, stage: int) -> Like | None:
+        """The same of what travels with it, if anything does."""
+        return self.alongs[self.layers_of(stage)[-1]] if self.alongs else None
+
+    def input(self, stage: int) -> tuple[Like, Like | None]:
+        """What the stage's layers take: the network's input, or what the stage before gives."""
+        return (self.h(stage - 1), self.along(stage - 1)) if stage else ((self.x_dtype, self.x), None)
 
     def edge(self, stage: int) -> Edge:
         """What the predictor of this stage must know. Stage K-1 has none."""
@@ -91,7 +102,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         values: dict[str, Any] = json.loads(text)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"])})
+        alongs = tuple(like and (like[0], tuple(like[1])) for like in values.get("alongs", ()))
+        return cls(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"]), "alongs": alongs})
 
 
 def plan(
@@ -124,7 +136,8 @@ def plan(
     layers = [name for name, _ in places(model)]
     if stages > len(layers):
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
-    forwards, backwards, outputs, writes = _measure(model, x, device, prepare)
+    forwards, backwards, pairs, writes = _measure(model, x, device, prepare)
+    outputs = [h for h, _ in pairs]
     costs = _Costs(forwards, backwards, outputs, y, classes, functools.cache(work))
     trainable = [any(p.requires_grad for p in layer.parameters()) for layer in model]
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in model]
@@ -141,6 +154,7 @@ def plan(
         y=tuple(y.shape),
         classes=costs.classes,
         writes=tuple(writes),
+        alongs=tuple(None if along is None else (_name(along), tuple(along.shape)) for _, along in pairs),
     )
     _check(model, made, trainable)
     return replace(made, seconds=tuple(costs.of(made.layers_of(k), k == stages - 1) for k in range(stages)))
@@ -240,19 +254,19 @@ class _Costs:
 
 def _measure(
     model: nn.Sequential, x: Tensor, device: str, prepare: Callable[[nn.Module], nn.Module]
-) -> tuple[list[float], list[float], list[Tensor], list[bool]]:
+) -> tuple[list[float], list[float], list[Pair], list[bool]]:
     """Of each layer on one batch: seconds of its forward and of its backward, the least disturbed of some; its output;
     whether it writes into its input."""
     forwards, backwards, outputs, writes = [], [], [], []
     with torch.random.fork_rng():
-        h = x.to(device)
+        h: Pair = x.to(device), None
         for name, layer in places(model):
             twin = prepare(copy.deepcopy(layer).to(device).train())
             try:
                 runs = [_seconds(twin, h) for _ in range(REPEATS)]
             except Exception as error:
                 raise SplitError(
-                    f"layer {name} cannot take the output {tuple(h.shape)} of the layers before it: {error}"
+                    f"layer {name} cannot take the output {tuple(h[0].shape)} of the layers before it: {error}"
                 ) from error
             forwards.append(min(run[0] for run in runs))  # the first ones warm up, others may be interrupted
             backwards.append(min(run[1] for run in runs))
@@ -262,20 +276,18 @@ def _measure(
     return forwards, backwards, outputs, writes
 
 
-def _seconds(layer: nn.Module, x: Tensor) -> tuple[float, float, Tensor, bool]:
-    x = x.detach()
+def _seconds(layer: nn.Module, pair: Pair) -> tuple[float, float, Pair, bool]:
+    x, along = pair[0].detach(), pair[1]
     if x.is_floating_point():
         x.requires_grad_()
     given = x.clone()  # a layer may write into its input, which its version counts
     before = given._version
     started = lap(x)
-    h = layer(given)
-    if not isinstance(h, Tensor):
-        raise TypeError(f"it returns a {type(h).__name__}, and an edge carries one tensor")
+    h, along = parted(layer(joined(given, along)))
     turned = lap(x)
     if h.requires_grad:
         h.backward(torch.ones_like(h))  # type: ignore[no-untyped-call]
-    return turned - started, lap(x) - turned, h.detach(), given._version != before
+    return turned - started, lap(x) - turned, (h.detach(), along), given._version != before
 
 
 def lap(like: Tensor) -> float:
@@ -288,6 +300,8 @@ def lap(like: Tensor) -> float:
 
 def _check(model: nn.Sequential, made: Plan, trainable: Sequence[bool]) -> None:
     edges = (0, *made.boundaries, len(made.layers))
+    if made.alongs[-1]:
+        raise SplitError(f"the model's last layer, {made.layers[-1]}, returns a pair: its output is one tensor")
     if any(left >= right for left, right in pairwise(edges)):
         raise SplitError(
             f"boundaries {list(made.boundaries)} do not rise from 1 to {len(made.layers) - 1}: each names the first "

@@ -39,6 +39,7 @@ from dnipipe.last_stage import score
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Message, Report, Saved
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent
+from dnipipe.pairs import joined, parted
 from dnipipe.passes import Passes
 from dnipipe.pending import Pending, Target
 from dnipipe.predictors import Loss
@@ -158,6 +159,7 @@ class Stage:
         self.passes.mode(training=True)
         rule = self.rule.at(batch)
         x = self.beside.bring(message.x.detach()).requires_grad_(self.index > 0 and rule.teaches)
+        along = None if message.along is None else self.beside.bring(message.along)
         with self.metrics.clock.span("optimizer"):
             self.descent.lean(self.late if rule.late else 0)
             stash = None if rule.stash is None or self.last else Stash(self.module)
@@ -165,7 +167,7 @@ class Stage:
         held = stash if room else None  # the weights under a graph that may wait
         buffers = Buffers(self.module) if self.skips_nan else None
         with self.metrics.clock.span("forward"):
-            h = self.passes.forward(batch, x, stash, held)  # 1
+            h, beyond = self.passes.forward(batch, x, along, stash, held)  # 1
         out = h.detach()
         if buffers and not finite(out):
             buffers.put_back()
@@ -174,7 +176,7 @@ class Stage:
                 yield from self._leave(batch, y, OVERFLOWN)
                 return
         if not self.last:
-            yield Activation(batch, out, y)  # 2
+            yield Activation(batch, out, y, along=beyond)  # 2
         with self._rule_now:
             use = rule.now(batch, out, y)  # 3
         if isinstance(use, Use) and self.skips_nan and not finite(use.g):
@@ -191,6 +193,7 @@ class Stage:
         answered = use is not None and use.send
         pending = Pending(
             x=None if done else x if held else x.detach(),
+            along=None if done else along,
             h=out,
             y=y,
             predicted=use.g if use else None,
@@ -308,19 +311,20 @@ class Stage:
             return pending.x, pending.graph
         x = pending.x.requires_grad_(sends)
         with self.metrics.clock.span("forward"):
-            return x, self.passes.again(batch, x, pending.stash)
+            return x, self.passes.again(batch, x, pending.along, pending.stash)
 
     # -- evaluation and markers --------------------------------------------------------------------------------
 
     def on_evaluation(self, message: Evaluation) -> Iterator[Message]:
         self.passes.mode(training=False)
         with self.metrics.evaluating(), torch.no_grad():
-            h = self.module(self.beside.bring(message.x))
+            along = None if message.along is None else self.beside.bring(message.along)
+            h, along = parted(self.module(joined(self.beside.bring(message.x), along)))
             if self.last and message.y is not None:
                 h = score(h, self.beside.bring(message.y), self.loss)
         if not self.last:
             self.evaluating.add(message.batch)
-        yield Answer(message.batch, h) if self.last else Evaluation(message.batch, h, message.y)
+        yield Answer(message.batch, h) if self.last else Evaluation(message.batch, h, message.y, along)
 
     def on_answer(self, message: Answer) -> Iterator[Message]:
         if message.batch not in self.evaluating:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.func import functional_call
 
 
 class Stash:
@@ -23,11 +22,6 @@ class Stash:
         self.weights = {
             name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in module.named_parameters()
         }
-
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The module's output for x (B, D...), with these weights and its own buffers, which it may change."""
-        h: Tensor = functional_call(module, self.weights, (x,))
-        return h
 
     def hand_over(self, module: nn.Module, compensate: float) -> None:
         """Move the gradients at θ to the module's: g + λ g² (θ' − θ), which for λ > 0 is a guess of that at θ'.

@@ -16,14 +16,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from dnipipe.config import Sync
 from dnipipe.errors import ConfigError, DataError, MessageError, NonFiniteLoss
 from dnipipe.labels import counting, loss_terms
 from dnipipe.messages import Activation, Labels, Message
+from dnipipe.pairs import joined, parted
 from dnipipe.randomness import reseed
-from dnipipe.split import Plan
+from dnipipe.split import Like, Plan
 from dnipipe.stage import Stage
 
 SMALLER = "smaller than the first"
@@ -52,23 +54,27 @@ class SyncStage(Stage):
         """Make the schedule, in torch's default process group, whose waits take at most `timeout` seconds."""
         from dnipipe.schedules import Schedule, StaticStage
 
-        plan, layers = self.plan, self.plan.layers_of(self.index)
-        before = (plan.shapes[layers[0] - 1], plan.dtypes[layers[0] - 1]) if self.index else (plan.x, plan.x_dtype)
+        x, along = self.plan.input(self.index)
         around = StaticStage(
             self.metrics,
-            self.module,
+            Apart(self.module),
             self.index,
             self.stages,
             self.beside.device,
-            input_args=self._like(*before, learns=self.index > 0),
-            output_args=self._like(plan.shapes[layers[-1]], plan.dtypes[layers[-1]], learns=True),
+            input_args=self._like(x, along, learns=self.index > 0),
+            output_args=self._like(self.plan.h(self.index), self.plan.along(self.index), learns=True),
         )
         self.schedule = Schedule(self.kind, around, self.microbatches, self._loss, timeout)
 
-    def _like(self, shape: tuple[int, ...], dtype: str, learns: bool) -> Tensor:
-        """What one micro-batch of a planned tensor (B, D...) looks like."""
-        part = (shape[0] // self.microbatches, *shape[1:])
-        return torch.empty(part, dtype=getattr(torch, dtype), device="meta", requires_grad=learns)
+    def _like(self, h: Like, along: Like | None, learns: bool) -> tuple[Tensor, ...]:
+        """What one micro-batch of a planned tensor (B, D...) looks like, and of what travels along with it."""
+
+        def part(planned: Like, learns: bool) -> Tensor:
+            dtype, shape = planned
+            size = (shape[0] // self.microbatches, *shape[1:])
+            return torch.empty(size, dtype=getattr(torch, dtype), device="meta", requires_grad=learns)
+
+        return (part(h, learns), part(along, False)) if along else (part(h, learns),)
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -131,6 +137,18 @@ class SyncStage(Stage):
         terms = loss_terms(y)
         self.metrics.loss(value.detach(), terms)
         return value * (self.microbatches * terms / self._terms)
+
+
+class Apart(nn.Module):
+    """Layers as torch's schedule calls them: with the two of a pair (pairs.py) as two arguments."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor, along: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        h, along = parted(self.layers(joined(x, along)))
+        return h if along is None else (h, along)
 
 
 def microbatches(settings: Sync, stages: int, samples: int) -> int:

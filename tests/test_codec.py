@@ -38,10 +38,13 @@ EXAMPLES: list[Message] = [
     Hello("r", 0, 1, 0),
     Activation(7, X, Y),
     Activation(7, X.to(torch.int8), Y, torch.ones(3, 1)),
+    Activation(7, X, Y, along=X > 0),
+    Activation(7, X.to(torch.int8), Y, torch.ones(3, 1), X > 0),
     Input(7, torch.arange(6, dtype=torch.int64).reshape(3, 2), Y),
     Labels(7, Y),
     Evaluation(8, X, Y),
     Evaluation(8, X, None),
+    Evaluation(8, X, Y, X > 0),
     Checkpoint(9),
     Stop(10),
     Stop(-1, "stage 2: the loss is NaN"),
@@ -110,9 +113,9 @@ def test_a_gradient_is_not_asked_of_the_wire() -> None:
 def test_header_is_what_the_drawing_says() -> None:
     """The wire format is a promise to other versions; a change of it needs a new PROTOCOL."""
     frames = codec.encode(Activation(7, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), "run", 5)
-    plain = {"x": ["float32", [2, 3]], "y": ["int64", [2]], "scale": None}
+    plain = {"x": ["float32", [2, 3]], "y": ["int64", [2]], "scale": None, "along": None}
     assert frames[0][:16] == bytes([5, *[0] * 7, 7, *[0] * 7])
-    assert msgpack.unpackb(frames[0][16:]) == {"protocol": 6, "run": "run", "type": "Activation", "fields": plain}
+    assert msgpack.unpackb(frames[0][16:]) == {"protocol": 7, "run": "run", "type": "Activation", "fields": plain}
     assert [len(frame) for frame in frames[1:]] == [24, 16]
 
 
@@ -147,7 +150,7 @@ def test_what_cannot_be_sent(message: Message, says: str) -> None:
 
 
 def header(**changes: Any) -> dict[str, Any]:
-    plain = {"x": ["float32", [3, 4]], "y": ["int64", [3]], "scale": None}
+    plain = {"x": ["float32", [3, 4]], "y": ["int64", [3]], "scale": None, "along": None}
     return {"protocol": PROTOCOL, "run": "r", "type": "Activation", "fields": plain} | changes
 
 
@@ -198,7 +201,7 @@ MALFORMED: list[tuple[Any, str]] = [
         "Gradient.scale: .* takes 28",
     ),
     (of("Checkpoint"), "Checkpoint: 2 tensor frames, its fields use 0"),
-    (of("Evaluation", x=["float32", [3, 4]], y=None), "Evaluation: 2 tensor frames, its fields use 1"),
+    (of("Evaluation", x=["float32", [3, 4]], y=None, along=None), "Evaluation: 2 tensor frames, its fields use 1"),
     (of("Input", x=["float32", [3, 4]]), r"Input: missing \['y'\]"),
     (of("Input", x=None, y=["int64", [3]]), r"Input.x: None is not \[dtype, shape\]"),
     (of("Input", x=["float32", [3, 5]], y=["int64", [3]]), "Input.x: .* takes 60 bytes, its frame has 48"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ PLAN = Plan(
 )
 Y = torch.zeros(8, dtype=torch.int64)
 check = expected(PLAN, WireSettings(), 1)
+H, MASK = torch.zeros(8, 5, 4), torch.zeros(8, 5, dtype=torch.bool)
+paired = expected(replace(PLAN, alongs=(("bool", (8, 5)), None, None)), WireSettings(), 1)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,22 @@ check = expected(PLAN, WireSettings(), 1)
 )
 def test_what_belongs_there_passes(side: Side, message: Message) -> None:
     check(side, message)
+
+
+@pytest.mark.parametrize("kind", [Activation, Evaluation])
+def test_what_travels_along_with_an_activation_is_as_planned_too(kind: type[Activation] | type[Evaluation]) -> None:
+    paired(Side.PREVIOUS, kind(7, H, Y, along=MASK))
+    paired(Side.PREVIOUS, kind(7, H[:3], Y[:3], along=MASK[:3, :2]))  # sizes may change
+    for along, says in (
+        (None, "nothing came, this edge carries bool with 2 dimensions"),
+        (MASK.float(), "float32 with 2 dimensions came, this edge carries bool with 2"),
+        (MASK[..., None], "bool with 3 dimensions came"),
+        (MASK[:7], "of 7 samples, and the activation is of 8"),
+    ):
+        with pytest.raises(MessageError, match=rf"{kind.__name__}\.along of batch 7: {says}"):
+            paired(Side.PREVIOUS, kind(7, H, Y, along=along))
+    with pytest.raises(MessageError, match="bool with 2 dimensions came, this edge carries nothing"):
+        check(Side.PREVIOUS, kind(7, H, Y, along=MASK))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from dnipipe.errors import SplitError
 from dnipipe.predictors import Edge
@@ -56,7 +58,7 @@ def test_balance_gives_each_stage_something_to_train() -> None:
 
 def test_stages_before_the_last_count_what_their_rule_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)])  # each 1 s forward, 2 s back
-    monkeypatch.setattr("dnipipe.split._measure", lambda *_: ([1.0] * 8, [2.0] * 8, [X] * 8, [False] * 8))
+    monkeypatch.setattr("dnipipe.split._measure", lambda *_: ([1.0] * 8, [2.0] * 8, [(X, None)] * 8, [False] * 8))
 
     def planned(work: Work) -> Plan:
         return plan(net, 2, (), X, Y, 8, work=lambda edge: work)
@@ -119,9 +121,15 @@ def tied() -> nn.Sequential:
     return net
 
 
-class Pair(nn.Module):
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x, x
+class Gives(nn.Module):
+    """What `made` makes of its input."""
+
+    def __init__(self, made: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, x: Tensor) -> Any:
+        return self.made(x)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,17 @@ class Pair(nn.Module):
         (model(), 2, (6,), "boundaries .6. do not rise from 1 to 5"),
         (tied(), 2, (), r"stages 0 and 1 share a parameter \(0.weight is 2.weight\)"),
         (nn.Sequential(nn.Linear(8, 8), nn.Linear(5, 3)), 2, (), r"layer 1 cannot take the output \(6, 8\)"),
-        (nn.Sequential(nn.Linear(8, 8), Pair(), nn.Linear(8, 3)), 2, (), "layer 1 .* it returns a tuple"),
+        (nn.Sequential(nn.Linear(8, 8), Gives(lambda x: (x, x, x)), nn.Linear(8, 3)), 2, (), "1 .* a tuple of 3, and"),
+        (nn.Sequential(nn.Linear(8, 8), Gives(lambda x: [x, x]), nn.Linear(8, 3)), 2, (), "layer 1 .* returns a list"),
+        (nn.Sequential(nn.Linear(8, 8), Gives(lambda x: (x, None)), nn.Linear(8, 3)), 2, (), "layer 1 .* a tuple of 2"),
+        (nn.Sequential(nn.Linear(8, 8), Gives(lambda x: (x, x)), nn.Linear(8, 3)), 2, (), "second .* detach it"),
+        (nn.Sequential(nn.Linear(8, 8), Gives(lambda x: (x, x[0] > 0)), nn.Linear(8, 3)), 2, (), "the batch's samples"),
+        (
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3), Gives(lambda x: (x, x > 0))),
+            2,
+            (1,),
+            "last layer, 2, .* pair",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(net: nn.Module, stages: int, boundaries: tuple[int, ...], message: str) -> None:
@@ -148,7 +166,7 @@ def test_a_cut_by_parameters_does_not_depend_on_time(monkeypatch: pytest.MonkeyP
     x, y = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
     for slow, by_time in enumerate((1, 2, 2, 3)):
         times = [1.0 + 99.0 * (layer == slow) for layer in range(4)]
-        measured = times, [0.0] * 4, [torch.zeros(2, 2)] * 4, [False] * 4
+        measured = times, [0.0] * 4, [(torch.zeros(2, 2), None)] * 4, [False] * 4
         monkeypatch.setattr("dnipipe.split._measure", lambda *_, measured=measured: measured)
         assert plan(model, 2, (), x, y, 2).boundaries == (by_time,)
         assert plan(model, 2, (), x, y, 2, by_time=False).boundaries == (2,)  # 320 + 4,160 and 520 + 18

@@ -142,11 +142,20 @@ class Counting(nn.Module):
         self.calls += self.training
         return x * (1 + 0.01 * self.calls)
 
+class Two(nn.Module):
+    def forward(self, x):
+        return x, x > 0
+
+class One(nn.Module):
+    def forward(self, pair):
+        return pair[0] * pair[1]
+
 batches = [(torch.randn(12, 8), torch.randint(3, (12,))) for _ in range(4)]   # other ones in each process: no seed
 equal = []
-for layer in (nn.Tanh(), Counting()):
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), layer, nn.Linear(16, 3))
-    run = dnipipe.Run(model, stages=[3], loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2))
+cuts = [(3, nn.BatchNorm1d(16), nn.Tanh()), (3, nn.BatchNorm1d(16), Counting()), (2, Two(), One())]
+for cut, *layers in cuts:
+    model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 3))
+    run = dnipipe.Run(model, stages=[cut], loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2))
     equal.append(run.verify(batches, 6))
 print("equal", equal, next(model.parameters()).dtype)   # here comes the launching process alone
 """
@@ -155,14 +164,14 @@ print("equal", equal, next(model.parameters()).dtype)   # here comes the launchi
 @pytest.mark.processes
 @pytest.mark.timeout(180)
 def test_a_layer_with_a_hidden_state_is_found_out(tmp_path: Path) -> None:
-    """A user's own model; BatchNorm in it is said, and does not hide it."""
+    """A user's own model; BatchNorm in it is said, and does not hide it. Nor does what goes along an edge."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     process = start(str(script), program=())
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     lines = out.splitlines()
-    assert lines[-1] == "equal [True, False] torch.float32"
+    assert lines[-1] == "equal [True, False, True] torch.float32"
     assert sum("1 is a BatchNorm, which sees one micro-batch at a time under sync" in line for line in lines) == 2
     (told,) = [line for line in lines if "NOT equal" in line]
     assert told.startswith("wait    2 stages in one process: NOT equal to one process: first 0.weight, by ")

@@ -49,7 +49,7 @@ def loop(words: tuple[str, ...], stage: int | None, repeats: int) -> Loop:
         if stage == 0:
             out.backward(g)
         else:
-            loss(out, y.to(device)).backward()  # type: ignore[no-untyped-call]
+            loss(out, y.to(device)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -89,7 +89,8 @@ def _serve(job: Job, index: int) -> Path:
         agreed = _agreement(job, model, tasks, place, links, watch)
         check_settings(shared_settings(settings), agreed.settings, f"stage {index}", "the run that it belongs to")
         check_model(model, agreed.plan, index)
-        sizes = demanded(part(model, agreed.plan, index), *agreed.plan.h(index - 1)) if index else {}
+        x, along = agreed.plan.input(index)
+        sizes = demanded(part(model, agreed.plan, index), *x, along) if index else {}
         links.run_id, links.fits = agreed.run_id, expected(agreed.plan, settings.wire, index, sizes)
         stage = build_stage(job, model, agreed.plan, index, agreed.total, StageMetrics(index, agreed.plan.stages))
         clock, stage.metrics.dropped = stage.metrics.clock, links.dropped

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.fuzz.targets import alike
 from dnipipe.errors import PeerLost, WaitTimeout
-from dnipipe.messages import Activation, Answer, Checkpoint, Gradient, Input, Stop
+from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Gradient, Input, Stop
 from dnipipe.transport import Side, Transport
 from dnipipe.transport.zmq import ZmqTransport
 from tests.transport.conftest import NEXT, PREVIOUS, WAIT, Make, assert_lost, batches, take
@@ -60,7 +60,11 @@ TENSORS = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors(chain: Make, name: str) -> None:
     a, b = chain()
-    down = [kind(7, TENSORS[name], torch.tensor([1, 2])) for kind in (Activation, Input)]
+    labels = torch.tensor([1, 2])
+    down = [
+        *(kind(7, TENSORS[name], labels) for kind in (Activation, Input)),
+        *(kind(7, labels, labels, along=TENSORS[name]) for kind in (Activation, Evaluation)),
+    ]
     for sent in down:
         a.send(NEXT, sent)
     b.send(PREVIOUS, Answer(8, TENSORS[name]))
