@@ -5,7 +5,9 @@ tokens ──► Embed ──h, padding──► Block ──h, padding──►
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import dnipipe
 from dnipipe.pairs import first, joined, parted
 from dnipipe.split import Plan, plan
 
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, TOKENS, WORDS, WIDTH, CLASSES = 8, 6, 12, 8, 3
 Pair = tuple[Tensor, Tensor]
 
@@ -134,6 +137,18 @@ def test_every_rule_trains_and_evaluates_with_it(rule: Any, settings: dict[str, 
         alone = sum(F.cross_entropy(whole(x), y).item() for x, y in BATCHES[:4]) / 4
     off = 2e-2 if "pipeline" in settings else 1e-5
     assert said["eval"]["loss"] == pytest.approx(alone, abs=off) and alone < 1.09  # log 3 is 1.10
+
+
+def test_the_example_has_batches_of_its_own_lengths(tmp_path: Path) -> None:
+    """examples/padded.py, in the laboratory, for two batches."""
+    example = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "padded.py"), run_name="example"))
+    lines = example.lines()
+    batches = [example.padded(lines[:16]), example.padded(lines[-8:])]
+    assert batches[0][0].shape[0] != batches[1][0].shape[0] and set(batches[1][1].tolist()) == {2}
+    model = nn.Sequential(example.Embed(), example.Block(), example.Classify())
+    here = {"transport": {"kind": "local"}, "output": {"run": str(tmp_path / "run"), "quiet": True}}
+    run = dnipipe.Run(model, [1, 2], loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), **here)
+    assert run.fit(batches, batches[1:])["batch"] == 2
 
 
 def test_an_input_that_is_guessed_cannot_be_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
