@@ -28,7 +28,7 @@ from dnipipe.learner import Learner
 from dnipipe.lessons import Replay
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
-from dnipipe.pairs import joined
+from dnipipe.pairs import Given, joined
 from dnipipe.phases import Phases
 from dnipipe.predictors import Edge, Loss
 from dnipipe.randomness import reseed
@@ -64,7 +64,7 @@ class Job:
 # -- the plan ----------------------------------------------------------------------------------------------------
 
 
-def first_batch(task: Task) -> tuple[Tensor, Tensor]:
+def first_batch(task: Task) -> tuple[Given, Tensor]:
     """The batch that is measured; drawing it leaves torch's random state as it was.
 
     Raises DataError if there is none, to train on or to evaluate on.
@@ -80,7 +80,7 @@ def first_batch(task: Task) -> tuple[Tensor, Tensor]:
     return check_batch(pair, task.classes, 1)
 
 
-def plan_for(job: Job, model: nn.Module, x: Tensor, y: Tensor, classes: int | None) -> Plan:
+def plan_for(job: Job, model: nn.Module, x: Given, y: Tensor, classes: int | None) -> Plan:
     """The plan, with the number of classes taken from the model's output where the data does not say it."""
     settings, pipeline, device = job.config, job.config.pipeline, device_of(job.config)
     made = split.plan(
@@ -191,6 +191,11 @@ def kind_of(settings: Config, plan: Plan, index: int) -> Callable[..., Stage]:
     """What makes the stage, called as Stage is: how batches come to it."""
     if settings.rule.name == "sync":
         return partial(SyncStage, settings.sync, plan)
+    if settings.rule.forward_unlock and (plan.x_along or any(plan.alongs)):
+        raise ConfigError(
+            "rule.forward_unlock = true: a guess is of one tensor, and the data, or a layer, gives pairs: leave it at "
+            "false"
+        )
     return partial(UnlockedStage, inputs_of(settings, plan, index)) if settings.rule.forward_unlock else Stage
 
 
@@ -259,11 +264,6 @@ def inputs_of(settings: Config, plan: Plan, index: int) -> inputs.Inputs | None:
     """What guesses the stage's input; stage 0's needs no guess. Initial weights depend on seed and layer alone."""
     if index == 0:
         return None
-    if plan.along(index - 1):
-        raise ConfigError(
-            f"rule.forward_unlock = true: stage {index - 1} gives a pair, and a guess is of one tensor: leave it at "
-            "false"
-        )
     reseed(settings.train.seed, plan.layers_of(index)[0], "inputs")
     made = inputs.build(settings.predictor, plan.x, plan.x_dtype, plan.edge(index - 1))
     device = device_of(settings)

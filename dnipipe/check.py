@@ -12,6 +12,7 @@ from dnipipe.building import Job, build_stage, first_batch, plan_for, total_batc
 from dnipipe.config import WireSettings, under
 from dnipipe.messages import Activation, Gradient, Message
 from dnipipe.metrics import StageMetrics
+from dnipipe.pairs import parted
 from dnipipe.result import table
 from dnipipe.split import Plan
 from dnipipe.stage import Stage
@@ -26,6 +27,7 @@ def check(job: Job) -> Iterator[str]:
     """The plan, line by line: what is cut where, shapes and bytes on each edge, parameters, the predictors' cost."""
     settings, task = job.config, job.task()
     x, y = first_batch(task)
+    h, along = parted(x)
     torch.manual_seed(settings.train.seed)
     model = job.model()
     plan = plan_for(job, model, x, y, task.classes)
@@ -37,7 +39,7 @@ def check(job: Job) -> Iterator[str]:
     measured = [StageMetrics(k, plan.stages) for k in range(plan.stages)]
     stages = [build_stage(job, model, plan, k, total, measured[k]) for k in range(plan.stages)]
     for batch in range(1, 1 + REPEATS):
-        one_batch(stages, Activation(batch, x, y))
+        one_batch(stages, Activation(batch, h, y, along=along))
     yield f"data    {task.corpus}; {len(task.train)} batches an epoch, {total} to train"
     yield from table(plan)
     for k, stage in enumerate(stages[:-1]):

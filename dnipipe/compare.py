@@ -59,7 +59,7 @@ def sides(config: Config) -> tuple[dict[str, Config], list[str]]:
         without = ", ".join(f"{name} = {value}" for name, value in wire.items())
         said.append(f"sync without {without}: torch sends each tensor as it is, and all")
     sync = under(config, "sync")
-    microbatches(sync.sync, sync.pipeline.stages, len(first_batch(job_of(sync).task())[0]))
+    microbatches(sync.sync, sync.pipeline.stages, len(first_batch(job_of(sync).task())[1]))
     gloo.device(sync.transport.address or LOOPBACK, sync.security.private_network)
     return {"as-it-is": config, "sync": sync}, said
 

@@ -23,6 +23,7 @@ from dnipipe.display import Display
 from dnipipe.errors import DataError
 from dnipipe.messages import Activation, Answer, Checkpoint, Evaluation, Message, Report, Saved, Stop
 from dnipipe.metrics import StageMetrics, TensorBoard
+from dnipipe.pairs import parted
 
 
 class Head:
@@ -65,7 +66,8 @@ class Head:
             if self.interrupted:
                 break
             self.batch = batch
-            yield Activation(batch, x, y)
+            h, along = parted(x)
+            yield Activation(batch, h, y, along=along)
             if every_eval and batch % every_eval == 0 and batch < self.total:
                 yield from self._evaluate(batch)
             if every_save and batch % every_save == 0:
@@ -87,10 +89,11 @@ class Head:
             if self.interrupted:  # an unfinished evaluation is none
                 del self._open[batch]
                 return
-            x, y = check_batch(pair, self.task.classes, number)
+            given, y = check_batch(pair, self.task.classes, number)
+            x, along = parted(given)
             self._asked += 1
             ids.append(self._asked)
-            yield Evaluation(self._asked, x, y)
+            yield Evaluation(self._asked, x, y, along)
         if ids == [-1]:
             raise DataError(
                 f"the validation data has no batch after training batch {batch}: a generator is at its end after one "

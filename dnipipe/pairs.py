@@ -1,4 +1,4 @@
-"""What a layer takes and gives: one tensor, or a pair of which only the first learns.
+"""What a layer takes and gives, and a network's input: one tensor, or a pair of which only the first learns.
 
 h            (B, D...)
 (h, along)   and (B, ...) what layers further down need beside it, e.g. which tokens are padding: it has no gradient, no
@@ -8,14 +8,15 @@ h            (B, D...)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Union
 
 from torch import Tensor
 
 Pair = tuple[Tensor, "Tensor | None"]  # (h, along); None: h alone
+Given = Union[Tensor, tuple[Tensor, Tensor]]  # as layers have it
 
 
-def joined(h: Tensor, along: Tensor | None) -> Any:
+def joined(h: Tensor, along: Tensor | None) -> Given:
     """As a layer takes it."""
     return h if along is None else (h, along)
 
@@ -38,10 +39,10 @@ def parted(given: Any) -> Pair:
     return h, along
 
 
-def first(change: Callable[[Tensor], Tensor], given: Any) -> Any:
+def first(change: Callable[[Tensor], Tensor], given: Any) -> Given:
     """The same with its first tensor changed."""
     h, along = parted(given)
     return joined(change(h), along)
 
 
-__all__ = ["Pair", "first", "joined", "parted"]
+__all__ = ["Given", "Pair", "first", "joined", "parted"]

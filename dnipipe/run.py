@@ -103,9 +103,9 @@ class Run:
         """Train; returns the run's summary (its keys: docs/files.md).
 
         Args:
-            train: batches (x, y), again from the start each epoch: a DataLoader, a list of batches. Without a length
-                only if train.batches is set. Its order may use torch's global random state, which the seed and the
-                epoch decide.
+            train: batches (x, y), again from the start each epoch: a DataLoader, a list of batches. x is a tensor, or a
+                pair of which the second, a mask, needs no gradient. Without a length only if train.batches is set. Its
+                order may use torch's global random state, which the seed and the epoch decide.
             validation: evaluated at the end, and every eval.every batches.
             epochs: passes over `train`; if left out as train.epochs says, 1 if that does not either.
             resume: the folder of a run to continue from its newest complete checkpoint.

@@ -10,6 +10,7 @@ A module of its own, for torch.distributed.pipelining takes a second to import.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -80,12 +81,11 @@ class Schedule:
         kept = "return_outputs" in inspect.signature(self.torchs.step).parameters  # torch before 2.9 always does
         self._options: dict[str, Any] = {"return_outputs": False} if kept else {}
 
-    def step(self, batch: int, x: Tensor | None, y: Tensor) -> None:
-        """Leave the gradients of the mean loss over the batch in the parameters. x (B, ...) is for stage 0 alone.
+    def step(self, batch: int, inputs: Sequence[Tensor], y: Tensor) -> None:
+        """Leave the gradients of the mean loss over the batch in the parameters. inputs (B, ...) are stage 0's alone.
 
         Raises PeerLost, WaitTimeout; and what the layers and the loss raise.
         """
-        inputs = () if x is None else (x,)
         try:
             with self.stage.measured.clock.span("wait_input"):  # or for a gradient: torch does not tell them apart
                 self.torchs.step(*inputs, target=y if self.stage.is_last else None, **self._options)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dnipipe.errors import SplitError
 from dnipipe.labels import class_axis
-from dnipipe.pairs import Pair, joined, parted
+from dnipipe.pairs import Given, Pair, joined, parted
 from dnipipe.predictors import Edge
 
 REPEATS = 6  # measurements of a layer
@@ -64,6 +64,7 @@ class Plan:
     classes: int | None  # labels are whole numbers in [0, classes)
     writes: tuple[bool, ...] = ()  # whether each layer writes into its input, as nn.ReLU(inplace=True) does
     alongs: tuple[Like | None, ...] = ()  # what each layer gives beside its output (pairs.py)
+    x_along: Like | None = None  # and what the data have beside x
 
     @property
     def stages(self) -> int:
@@ -85,7 +86,7 @@ class Plan:
 
     def input(self, stage: int) -> tuple[Like, Like | None]:
         """What the stage's layers take: the network's input, or what the stage before gives."""
-        return (self.h(stage - 1), self.along(stage - 1)) if stage else ((self.x_dtype, self.x), None)
+        return (self.h(stage - 1), self.along(stage - 1)) if stage else ((self.x_dtype, self.x), self.x_along)
 
     def edge(self, stage: int) -> Edge:
         """What the predictor of this stage must know. Stage K-1 has none."""
@@ -102,15 +103,18 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         values: dict[str, Any] = json.loads(text)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        alongs = tuple(like and (like[0], tuple(like[1])) for like in values.get("alongs", ()))
-        return cls(**{**values, "shapes": tuple(tuple(shape) for shape in values["shapes"]), "alongs": alongs})
+        values["shapes"] = tuple(tuple(shape) for shape in values["shapes"])
+        *alongs, x_along = (
+            like and (like[0], tuple(like[1])) for like in (*values.get("alongs", ()), values.get("x_along"))
+        )
+        return cls(**{**values, "alongs": tuple(alongs), "x_along": x_along})
 
 
 def plan(
     model: nn.Module,
     stages: int,
     boundaries: Sequence[int],
-    x: Tensor,
+    x: Given,
     y: Tensor,
     classes: int | None,
     device: str = "cpu",
@@ -136,6 +140,7 @@ def plan(
     layers = [name for name, _ in places(model)]
     if stages > len(layers):
         raise SplitError(f"{stages} stages, but the model has only {len(layers)} layers: use at most that many stages")
+    h, along = parted(x)
     forwards, backwards, pairs, writes = _measure(model, x, device, prepare)
     outputs = [h for h, _ in pairs]
     costs = _Costs(forwards, backwards, outputs, y, classes, functools.cache(work))
@@ -149,15 +154,20 @@ def plan(
         parameters=tuple(parameters),
         shapes=tuple(tuple(h.shape) for h in costs.outputs),
         dtypes=tuple(_name(h) for h in costs.outputs),
-        x=tuple(x.shape),
-        x_dtype=_name(x),
+        x=tuple(h.shape),
+        x_dtype=_name(h),
         y=tuple(y.shape),
         classes=costs.classes,
         writes=tuple(writes),
-        alongs=tuple(None if along is None else (_name(along), tuple(along.shape)) for _, along in pairs),
+        alongs=tuple(_like(along) for _, along in pairs),
+        x_along=_like(along),
     )
     _check(model, made, trainable)
     return replace(made, seconds=tuple(costs.of(made.layers_of(k), k == stages - 1) for k in range(stages)))
+
+
+def _like(tensor: Tensor | None) -> Like | None:
+    return None if tensor is None else (_name(tensor), tuple(tensor.shape))
 
 
 def _name(tensor: Tensor) -> str:
@@ -253,13 +263,14 @@ class _Costs:
 
 
 def _measure(
-    model: nn.Sequential, x: Tensor, device: str, prepare: Callable[[nn.Module], nn.Module]
+    model: nn.Sequential, x: Given, device: str, prepare: Callable[[nn.Module], nn.Module]
 ) -> tuple[list[float], list[float], list[Pair], list[bool]]:
     """Of each layer on one batch: seconds of its forward and of its backward, the least disturbed of some; its output;
     whether it writes into its input."""
     forwards, backwards, outputs, writes = [], [], [], []
     with torch.random.fork_rng():
-        h: Pair = x.to(device), None
+        x, along = parted(x)
+        h: Pair = x.to(device), None if along is None else along.to(device)
         for name, layer in places(model):
             twin = prepare(copy.deepcopy(layer).to(device).train())
             try:

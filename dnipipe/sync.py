@@ -85,14 +85,16 @@ class SyncStage(Stage):
         """The batch, at stage 0. Elsewhere none comes this way."""
         if self.index:
             raise MessageError(f"stage {self.index} cannot handle a Activation with rule.name = sync")
-        return self._train(message.batch, message.x, message.y)
+        return self._train(message.batch, (message.x, message.along), message.y)
 
     def on_labels(self, message: Labels) -> Iterator[Message]:
-        return self._train(message.batch, None, message.y)
+        return self._train(message.batch, (), message.y)
 
-    def _train(self, batch: int, x: Tensor | None, y: Tensor) -> Iterator[Message]:
+    def _train(self, batch: int, given: tuple[Tensor | None, ...], y: Tensor) -> Iterator[Message]:
+        """given: x and what comes along with it, at stage 0."""
+        inputs = [tensor for tensor in given if tensor is not None]
         self._check_order(batch)
-        smaller = self._check_shapes(batch, x, y)
+        smaller = self._check_shapes(batch, inputs, y)
         self.last_batch = batch
         if not self.last:
             yield Labels(batch, y)
@@ -102,19 +104,19 @@ class SyncStage(Stage):
         self.passes.mode(training=True)
         reseed(self.passes.seed, self.passes.first_layer, batch)
         self._terms = loss_terms(y)
-        self.schedule.step(batch, x, y)
+        self.schedule.step(batch, inputs, y)
         with self.metrics.clock.span("optimizer"):
             self.updates += self.descent.step(batch)
         self.metrics.trained(batch, y.shape[0], at_once=self.last)
 
-    def _check_shapes(self, batch: int, x: Tensor | None, y: Tensor) -> bool:
+    def _check_shapes(self, batch: int, inputs: list[Tensor], y: Tensor) -> bool:
         """Whether the batch has fewer samples, and else is as planned: an epoch's last, which is left out.
 
         Raises DataError for a batch that has any other shape or dtype.
         """
-        wanted = [(y, self.plan.y, str(y.dtype).removeprefix("torch."))]
-        wanted += [] if x is None else [(x, self.plan.x, self.plan.x_dtype)]
-        for tensor, shape, dtype in wanted:
+        planned = [like for like in self.plan.input(0) if like]
+        wanted = [(y, (str(y.dtype).removeprefix("torch."), self.plan.y)), *zip(inputs, planned, strict=False)]
+        for tensor, (dtype, shape) in wanted:
             name = str(tensor.dtype).removeprefix("torch.")
             if name != dtype or tensor.shape[1:] != shape[1:] or len(tensor) > shape[0]:
                 raise DataError(

@@ -30,8 +30,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from dnipipe import checkpoint, config, laboratory, metrics, optim, session
 from dnipipe.building import Job
 from dnipipe.config import under
-from dnipipe.data import Task
+from dnipipe.data import Task, check_batch
 from dnipipe.optim import Descent
+from dnipipe.pairs import Given, first, joined, parted
 from dnipipe.randomness import reseed
 
 TOLERANCE = 1e-7  # of a difference, absolute and relative, after some tens of batches in float64
@@ -143,7 +144,7 @@ def plain(job: Job) -> Weights:
     trained = [p for p in model.parameters() if p.requires_grad]
     descent = Descent(job.optimizer(trained), job.schedule or optim.schedule(settings, total))
     for batch, (x, y) in enumerate(islice(cycle(task.train), total), start=1):
-        given = x.clone()  # a layer may write into it
+        given = first(Tensor.clone, x)  # a layer may write into it
         job.loss(model(given), y).backward()  # type: ignore[no-untyped-call]
         descent.step(batch)
     return dict(model.state_dict())
@@ -177,13 +178,23 @@ def _exact(model: nn.Module) -> nn.Module:
 def _first(task: Task, batches: int, seed: int) -> Task:
     """The first batches of an epoch, those that are like its first: sync has static shapes. None to evaluate on."""
     reseed(seed, "epoch", 0)
-    drawn = [(_wide(x), _wide(y)) for x, y in islice(iter(task.train), batches)]
-    alike = [(x, y) for x, y in drawn if (x.shape, y.shape) == (drawn[0][0].shape, drawn[0][1].shape)]
+    pairs = (check_batch(pair, task.classes, number) for number, pair in enumerate(task.train, start=1))
+    drawn = [(_all_wide(x), _wide(y)) for x, y in islice(pairs, batches)]
+    alike = [batch for batch in drawn if _shapes(*batch) == _shapes(*drawn[0])]
     return replace(task, train=alike, validation=None, prompt=None)
+
+
+def _all_wide(x: Given) -> Given:
+    h, along = parted(x)
+    return joined(_wide(h), None if along is None else _wide(along))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _shapes(x: Given, y: Tensor) -> list[torch.Size | None]:
+    return [None if tensor is None else tensor.shape for tensor in (*parted(x), y)]
 
 
 def _norms(model: nn.Module) -> list[str]:

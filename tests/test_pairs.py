@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dnipipe
+from dnipipe.data import check_batch
+from dnipipe.errors import DataError
 from dnipipe.pairs import first, joined, parted
 from dnipipe.split import Plan, plan
 
@@ -62,9 +64,10 @@ class Mean(nn.Module):
         return logits
 
 
-def model() -> nn.Sequential:
+def model(paired: bool = False) -> nn.Sequential:
+    """The same weights for either kind of data."""
     torch.manual_seed(0)
-    return nn.Sequential(Embed(), Block(), Block(), Mean())
+    return nn.Sequential(Given() if paired else Embed(), Block(), Block(), Mean())
 
 
 def batch(seed: int) -> Pair:
@@ -76,14 +79,26 @@ def batch(seed: int) -> Pair:
 
 
 BATCHES = [batch(seed) for seed in range(12)]
+X = BATCHES[0][0]
+
+
+class Given(nn.Module):
+    """An Embed whose padding the data tell: x is a pair itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+
+    def forward(self, pair: Pair) -> Pair:
+        tokens, padding = pair
+        return self.table(tokens), padding
 
 
 def a_run(folder: Path, rule: Any, stages: list[int], **settings: Any) -> dnipipe.Run:
     settings = {"transport": {"kind": "local", "delay": 2}, "output": {"run": str(folder), "quiet": True}, **settings}
     make = dnipipe.Run
-    return make(
-        model(), stages, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), rule=rule, **settings
-    )
+    net = settings.pop("net", None) or model()
+    return make(net, stages, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), rule=rule, **settings)
 
 
 def test_a_pair_is_taken_apart_and_put_together() -> None:
@@ -102,11 +117,12 @@ def test_a_plan_knows_what_goes_along_each_edge() -> None:
     assert Plan.from_json(made.to_json()) == made
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["the first layer's", "the data's"])
 @pytest.mark.parametrize("stages", [[1], [2, 3], [1, 2, 3]], ids=str)
-def test_waiting_is_plain_autograd(stages: list[int], tmp_path: Path) -> None:
+def test_waiting_is_plain_autograd(stages: list[int], paired: bool, tmp_path: Path) -> None:
     """Bitwise. A stage that got no padding, or another batch's, would learn something else."""
-    run = a_run(tmp_path / "run", "wait", stages)
-    run.fit(BATCHES)
+    run = a_run(tmp_path / "run", "wait", stages, net=model(paired))
+    run.fit([((x, x == 0) if paired else x, y) for x, y in BATCHES])
     alone = model()
     optimizer = torch.optim.SGD(alone.parameters(), 0.1)
     for x, y in BATCHES:
@@ -151,8 +167,38 @@ def test_the_example_has_batches_of_its_own_lengths(tmp_path: Path) -> None:
     assert run.fit(batches, batches[1:])["batch"] == 2
 
 
-def test_an_input_that_is_guessed_cannot_be_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = a_run(tmp_path / "run", {"name": "local", "forward_unlock": True}, [2], transport={"kind": "local"})
+def test_the_plan_is_held_against_data_with_pairs_too() -> None:
+    x, y = BATCHES[0]
+    made = plan(model(paired=True), 2, (1,), (x, x == 0), y, CLASSES)
+    assert made.input(0) == (("int64", (SAMPLES, TOKENS)), ("bool", (SAMPLES, TOKENS)))
+    assert Plan.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        ((X, X, X), r"batch 7: x is a tuple of 3 \(Tensor, Tensor, Tensor\): expected a tensor, or a pair"),
+        ((X, X[:3]), "a pair of them with the batch's samples first"),
+        ([X, X.float().requires_grad_()], "of which the second needs no gradient"),
+        ("text", "batch 7: x is a str"),
+    ],
+)
+def test_data_that_are_no_pair_are_refused(x: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        check_batch((x, BATCHES[0][1]), CLASSES, 7)
+
+
+def test_a_loader_may_make_a_list_of_what_were_pairs() -> None:
+    given, _ = check_batch(([X, X == 0], BATCHES[0][1]), CLASSES, 1)
+    assert isinstance(given, tuple) and given[0] is X
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_input_that_is_guessed_cannot_be_a_pair(
+    paired: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlocked = {"name": "local", "forward_unlock": True}
+    run = a_run(tmp_path / "run", unlocked, [2], transport={"kind": "local"}, net=model(paired))
     with pytest.raises(SystemExit):
-        run.fit(BATCHES)
-    assert "rule.forward_unlock = true: stage 0 gives a pair, and a guess is of one tensor" in capsys.readouterr().err
+        run.fit([((x, x == 0) if paired else x, y) for x, y in BATCHES])
+    assert "rule.forward_unlock = true: a guess is of one tensor, and the data, or a layer," in capsys.readouterr().err

@@ -152,11 +152,15 @@ class One(nn.Module):
 
 batches = [(torch.randn(12, 8), torch.randint(3, (12,))) for _ in range(4)]   # other ones in each process: no seed
 equal = []
-cuts = [(3, nn.BatchNorm1d(16), nn.Tanh()), (3, nn.BatchNorm1d(16), Counting()), (2, Two(), One())]
-for cut, *layers in cuts:
-    model = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(16, 3))
-    run = dnipipe.Run(model, stages=[cut], loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2))
-    equal.append(run.verify(batches, 6))
+nets = [
+    ((nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3)), batches),
+    ((nn.Linear(8, 16), nn.BatchNorm1d(16), Counting(), nn.Linear(16, 3)), batches),
+    ((One(), nn.Linear(8, 16), Two(), One(), nn.Linear(16, 3)), [((x, x > 0), y) for x, y in batches]),
+]
+for layers, data in nets:
+    model = nn.Sequential(*layers)
+    run = dnipipe.Run(model, stages=[3], loss=F.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, 1e-2))
+    equal.append(run.verify(data, 6))
 print("equal", equal, next(model.parameters()).dtype)   # here comes the launching process alone
 """
 

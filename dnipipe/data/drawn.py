@@ -8,11 +8,12 @@ from torch import Tensor
 
 from dnipipe.data.task import Task, check_batch, length_of
 from dnipipe.errors import DataError
+from dnipipe.pairs import Given
 from dnipipe.randomness import reseed
 from dnipipe.started import unheard
 
 
-def drawn(task: Task, seed: int, start: int, total: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def drawn(task: Task, seed: int, start: int, total: int) -> Iterator[tuple[int, Given, Tensor]]:
     """(batch id, x, y) of the ids behind `start`, up to `total`. What is drawn depends on the seed and the id alone.
 
     Raises DataError for a batch that is none, and for data that end too early.

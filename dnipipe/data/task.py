@@ -12,10 +12,13 @@ from torch import Tensor
 
 from dnipipe.errors import DataError
 from dnipipe.labels import IGNORED, counting, outside
+from dnipipe.pairs import Given, joined, parted
 
 
 class Batches(Protocol):
-    """Batches (x, y), from the start again with each iter(): what `load` makes, a DataLoader, a list."""
+    """Batches (x, y), x perhaps a pair (pairs.py), from the start again with each iter(): what `load` makes, a
+    DataLoader, a list.
+    """
 
     def __len__(self) -> int: ...
 
@@ -69,14 +72,21 @@ class Samples:
         return map(self.gather, torch.split(self.order(), self.size))
 
 
-def check_batch(pair: object, classes: int | None, batch: int) -> tuple[Tensor, Tensor]:
+def check_batch(pair: object, classes: int | None, batch: int) -> tuple[Given, Tensor]:
     """A batch as (x, y), looked at before it is used; `batch` is its number, for the message.
 
-    Raises DataError: no pair of tensors, no samples, numbers of samples that differ, labels outside [0, classes).
+    Raises DataError: no such pair, no samples, numbers of samples that differ, labels outside [0, classes).
     """
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Tensor):
         raise DataError(f"batch {batch} is {_kind(pair)}: expected a pair (x, y) of tensors")
-    x, y = pair
+    given, y = pair
+    try:
+        x, along = parted(tuple(given) if isinstance(given, list) else given)  # torch's collate makes lists of pairs
+    except TypeError:
+        raise DataError(
+            f"batch {batch}: x is {_kind(given)}: expected a tensor, or a pair of them with the batch's samples first, "
+            "of which the second needs no gradient"
+        ) from None
     if x.dim() == 0 or y.dim() == 0 or x.shape[0] != y.shape[0]:
         raise DataError(
             f"batch {batch}: x {tuple(x.shape)} and y {tuple(y.shape)} differ in their number of samples, "
@@ -86,7 +96,7 @@ def check_batch(pair: object, classes: int | None, batch: int) -> tuple[Tensor, 
         raise DataError(f"batch {batch} is empty: x {tuple(x.shape)}, y {tuple(y.shape)}")
     if classes is not None:
         _check_labels(y, classes, batch)
-    return x, y
+    return joined(x, along), y
 
 
 def _check_labels(y: Tensor, classes: int, batch: int) -> None:
