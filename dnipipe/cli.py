@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from dnipipe.children import check_layers, launched
-from dnipipe.config import Config, Output, describe, load, replace
+from dnipipe.config import Config, Output, build, describe, load, over, replace
 from dnipipe.errors import ConfigError, DiskError, DnipipeError, UsageError
 from dnipipe.folders import INITIAL, begun, check_apart, newest_run
-from dnipipe.started import LAUNCHED, importing, is_worker
+from dnipipe.started import LAUNCHED, Alone, importing, is_worker
 
 # what an independent stage runs on; the last is what torch imports for the first backward from a known gradient
-STAGE = ("dnipipe.jobs", "dnipipe.process", "dnipipe.service.session", "torch.fx.experimental.symbolic_shapes")
+STAGE = ("dnipipe.jobs", "dnipipe.service.own", "torch.fx.experimental.symbolic_shapes")
 
 NEWEST = "newest"
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="print only the result")
     train.set_defaults(run=_train)
     stage = commands.add_parser("stage", help="one stage of a run as a service of its own, started again when it dies")
-    stage.add_argument("config", help="TOML file, the same for all stages")
+    stage.add_argument("config", help="TOML file, or a script with a dnipipe.Run, the same for all stages")
     stage.add_argument("--index", type=int, required=True, metavar="K", help="which stage, from 0")
     stage.add_argument("--no-restart", action="store_true", help="end when it dies: somebody else starts it again")
     stage.add_argument("--healthy", action="store_true", help="only say, by the exit status, whether it gets on")
@@ -168,14 +168,16 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from dnipipe.service import place, supervisor
 
     path = Path(options.config)
-    config = load(path, overrides)
+    script = path.suffix == ".py"
+    config = _before(overrides) if script else load(path, overrides)
     run = Path(config.output.run or Path(config.output.dir) / path.stem)
-    place.check(config, options.index)
+    if not script:  # whose own settings are checked when it comes to its fit
+        place.check(config, options.index)
     if options.healthy:
         why = place.unhealthy(run, options.index, config.service.hung)
         print(why or f"stage {options.index} gets on, or waits for a neighbour")
         return 1 if why else 0
-    if options.index == 0 and not (run / "stage-0" / place.START).exists():
+    if options.index == 0 and not script and not (run / "stage-0" / place.START).exists():
         check_apart(path, run)
     if not options.no_restart:
         command = ["stage", str(path), *overrides, f"--index={options.index}", "--no-restart"]
@@ -185,10 +187,20 @@ def _stage(options: argparse.Namespace, overrides: list[str]) -> int:
     with importing():
         from dnipipe.jobs import job_of
         from dnipipe.process import guarded
+        from dnipipe.service.own import run_script
         from dnipipe.service.session import serve
 
+    if script:
+        alone = Alone(options.index, str(run), config.service.restarts, tuple(overrides))
+        return run_script(path, alone, config.train.seed)
     job = job_of(replace(config, output={"run": str(run)}))
     return guarded(job, debug=options.debug, part=lambda job, _: serve(job, options.index))[0]
+
+
+def _before(overrides: list[str]) -> Config:
+    """What the command line says of that which is needed before a script runs."""
+    said = over({}, overrides)
+    return build({section: said[section] for section in ("output", "service", "train") if section in said})
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -262,16 +274,18 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     from dnipipe import checkpoint
+    from dnipipe.service import whole
 
     if overrides:
         raise ConfigError(f"cannot read {overrides[0]!r}: export takes the run's folder and -o FILE")
     if Path(options.output).is_dir():
         raise UsageError(f"cannot write {options.output}: it is a folder; name a file with -o")
     try:
-        count = checkpoint.export(Path(options.folder), Path(options.output))
+        weights = whole.weights(Path(options.folder))
+        checkpoint.export(weights, Path(options.output))
     except DiskError as error:
         raise UsageError(f"{error.strerror} with -o") from None
-    print(f"{options.output}: {count} tensors, for load_state_dict(safetensors.torch.load_file(...))")
+    print(f"{options.output}: {len(weights)} tensors, for load_state_dict(safetensors.torch.load_file(...))")
     return 0
 
 

@@ -5,6 +5,7 @@
         ├── stage 1
         └── …
     torchrun train.py          the processes are there already: fit() works in each of them, and each goes on behind it
+    dnipipe stage train.py --index K      this process is stage K, by itself (service/own.py), and ends with it
 
 So what stands before fit() in a script runs in every process, as under torchrun; what stands behind it runs once.
 """
@@ -19,21 +20,21 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.nn as nn
 from torch import Tensor
 
 from dnipipe import checkpoint
 from dnipipe.children import check_stages
-from dnipipe.config import Config, build, replace
+from dnipipe.config import Config, build, over, replace
 from dnipipe.data import Batches, Task
 from dnipipe.errors import ConfigError, UsageError
 from dnipipe.folders import begun
 from dnipipe.launcher import launch
 from dnipipe.optim import OptimizerFactory
 from dnipipe.predictors import Loss
-from dnipipe.started import HERE, LAUNCHED, importing, is_worker
+from dnipipe.started import HERE, LAUNCHED, Alone, alone, importing, is_worker
 
 if TYPE_CHECKING:
     from dnipipe.building import Job
@@ -113,10 +114,24 @@ class Run:
         Raises UsageError for what can be mended; ends the script with status 1 if a stage fails.
         """
         passes = {} if epochs is None else {"epochs": epochs}
-        config = build({**self._settings, "train": {**self._settings.get("train", {}), **passes}})
+        values = {**self._settings, "train": {**self._settings.get("train", {}), **passes}}
+        if by_itself := alone():
+            self._serve(by_itself, build(over(values, by_itself.settings)), train, validation, resume is not None)
+        config = build(values)
         here = is_worker() or config.transport.kind == "local"
         work = partial(self._train, config, train, validation, resume is not None)
         return self._read(self._start(work, here, str(resume) if resume else ""))
+
+    def _serve(
+        self, alone: Alone, config: Config, train: Batches, validation: Batches | None, resume: bool
+    ) -> NoReturn:
+        """`dnipipe stage SCRIPT`: this process is one stage, and ends with it."""
+        with importing():
+            from dnipipe.service.own import serve_alone
+
+        if resume:
+            raise UsageError("fit(resume=…): a stage by itself goes on from its own state; leave it out")
+        sys.exit(serve_alone(self._job(config, train, validation), alone))
 
     def verify(self, train: Batches, batches: int = 20) -> bool:
         """Show that K stages, under sync and under wait, learn what one process with plain autograd learns.
@@ -125,6 +140,8 @@ class Run:
         dropout layers, of the first `batches` of an epoch; the model stays as it is. Raises UsageError under torchrun.
         """
         started = LAUNCHED in os.environ
+        if alone():
+            raise UsageError("Run.verify() is not for one stage by itself: run the script without dnipipe stage")
         if is_worker() and not started:
             raise UsageError("Run.verify() starts its processes itself: run the script without torchrun")
         with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 LAUNCHED = "DNIPIPE_LAUNCHED"  # set in the processes that the launcher starts; its value is for them
+ALONE = "DNIPIPE_ALONE"  # set where a script is run as one stage by itself (service/own.py): an Alone
 try:
     HERE = os.getcwd()  # where this process was started: a script may change that before it trains
 except OSError:  # the folder is gone
     HERE = "/"
+
+
+@dataclass(frozen=True)
+class Alone:
+    """This process is stage `index` of the script's first fit, and no more."""
+
+    index: int
+    run: str  # the run's folder
+    restarts: int  # how often its supervisor starts it again
+    settings: tuple[str, ...]  # words of the command line, `--section.key value`
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def alone() -> Alone | None:
+    """How a script was started as one stage by itself; None if it was not."""
+    if ALONE not in os.environ:
+        return None
+    told = json.loads(os.environ[ALONE])
+    return Alone(**{**told, "settings": tuple(told["settings"])})
 
 
 def is_worker() -> bool:
@@ -58,4 +82,14 @@ def unheard(*numbers: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-__all__ = ["HERE", "LAUNCHED", "end_quietly_on_interrupt", "importing", "is_worker", "unheard"]
+__all__ = [
+    "ALONE",
+    "HERE",
+    "LAUNCHED",
+    "Alone",
+    "alone",
+    "end_quietly_on_interrupt",
+    "importing",
+    "is_worker",
+    "unheard",
+]

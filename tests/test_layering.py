@@ -82,7 +82,7 @@ MAY = {
     "session": "agreement building checkpoint config data display errors gloo greeting head messages metrics opening "
     "rendezvous result stage state sync tracing transport worker",
     "service": "agreement building checkpoint codec config data errors expected greeting head keys messages metrics "
-    "opening pairs session socket_file split stage started state transport unlocked worker",
+    "opening pairs process session socket_file split stage started state transport unlocked worker",
     "check": "building config messages metrics pairs result split stage sync unlocked wire",
     "started": "",
     "launcher": "loopback started",
@@ -92,7 +92,8 @@ MAY = {
     "verify": "building checkpoint config data laboratory metrics optim pairs randomness session",
     "process": "building errors laboratory session started",
     "children": "config disk errors folders launcher models started",
-    "run": "building checkpoint children config data errors folders launcher optim predictors process started verify",
+    "run": "building checkpoint children config data errors folders launcher optim predictors process service started "
+    "verify",
     "cli": "check checkpoint children compare config errors folders jobs keys process service started tracing verify",
     "__init__": "config errors run started",
     "__main__": "cli",

@@ -153,12 +153,10 @@ def weights(run: Path) -> dict[str, Tensor]:
     return newest(run).weights()
 
 
-def export(run: Path, out: Path) -> int:
-    """Write the whole model's weights to one safetensors file; returns the number of tensors.
+def export(weights: dict[str, Tensor], out: Path) -> None:
+    """Write them to one safetensors file: a plain model takes it by load_state_dict(safetensors.torch.load_file(out)).
 
-    A plain model takes them by load_state_dict(safetensors.torch.load_file(out)).
+    Raises OSError if it cannot be written.
     """
-    gathered = weights(run)
     with explained(f"cannot write {out}", "name another file"):
-        write_tensors(out, gathered)
-    return len(gathered)
+        write_tensors(out, weights)

@@ -10,7 +10,7 @@ names the setting, its value and the way out. Nothing here touches torch or a so
 from dnipipe.config.rules import phases
 from dnipipe.config.sections import Output, Pipeline, Predictor, Sync, WireSettings
 from dnipipe.config.settings import Config, describe, flat, replace, shared_settings, under
-from dnipipe.config.sources import build, default, load
+from dnipipe.config.sources import build, default, load, over
 
 __all__ = [
     "Config",
@@ -24,6 +24,7 @@ __all__ = [
     "describe",
     "flat",
     "load",
+    "over",
     "phases",
     "replace",
     "shared_settings",

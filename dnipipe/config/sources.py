@@ -5,6 +5,7 @@ a setting's default ─► what its rule begins with (PRESETS) ─► a TOML fil
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -24,14 +25,18 @@ else:
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """A TOML file (or none: the embedded default), then `--section.key value` from the command line on top."""
-    values = default() if path is None else _read(Path(path))
-    given = list(_pairs(overrides))
-    _change_rule(values, dict(given).get("rule.name"))
+    return build(over(default() if path is None else _read(Path(path)), overrides))
+
+
+def over(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested plain values with `--section.key value` on top."""
+    given, under = list(_pairs(overrides)), {**copy.deepcopy(dict(values))}
+    _change_rule(under, dict(given).get("rule.name"))
     for name, text in given:
         section, _, key = name.partition(".")
-        if isinstance(values.setdefault(section, {}), dict):
-            values[section][key] = _parse(name, text)
-    return build(values)
+        if isinstance(under.setdefault(section, {}), dict):
+            under[section][key] = _parse(name, text)
+    return under
 
 
 def default() -> dict[str, dict[str, Any]]:

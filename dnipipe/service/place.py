@@ -104,6 +104,11 @@ class Place:
             raise CheckpointError(f"{folder / START} is damaged ({error}): {cure}") from None
 
 
+def agreement_of(start: Path) -> str:
+    """What the stage of this start.json is part of; "" if it has not heard it. Raises CheckpointError if damaged."""
+    return str(Place._read(start.parent)["agreement"])
+
+
 def _checksum(note: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(note, sort_keys=True).encode())
 
@@ -205,4 +210,15 @@ def _port_is_free(address: str) -> bool:
     return True
 
 
-__all__ = ["ALIVE", "START", "Place", "check", "check_free", "endpoint", "own_endpoint", "stood", "unhealthy"]
+__all__ = [
+    "ALIVE",
+    "START",
+    "Place",
+    "agreement_of",
+    "check",
+    "check_free",
+    "endpoint",
+    "own_endpoint",
+    "stood",
+    "unhealthy",
+]

@@ -114,10 +114,10 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path, mon
     with monkeypatch.context() as patch:
         die_at(patch, 2, OSError(errno.EIO, "Input/output error"))
         with pytest.raises(OSError, match=r"cannot write .*model.safetensors: Input/output error"):
-            checkpoint.export(tmp_path, out)
+            checkpoint.export(checkpoint.weights(tmp_path), out)
     assert out.read_text() == "older" and not list(tmp_path.glob("*.tmp"))
     with pytest.raises(OSError, match="No such file or directory"):
-        checkpoint.export(tmp_path, tmp_path / "nowhere" / "model.safetensors")
+        checkpoint.export(checkpoint.weights(tmp_path), tmp_path / "nowhere" / "model.safetensors")
 
 
 # -- tidying -----------------------------------------------------------------------------------------------------

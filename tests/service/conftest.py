@@ -45,10 +45,10 @@ LIMIT = 90.0  # seconds, for a machine that is busy
 
 
 class Services:
-    """The stages of one run, each `dnipipe stage` with its supervisor."""
+    """The stages of one run, each `dnipipe stage` with its supervisor; of a script, if there is one, else of CONFIG."""
 
-    def __init__(self, folder: Path, batches: int, more: str, files: bool) -> None:
-        self.run, self.config = folder / "run", folder / "run.toml"
+    def __init__(self, folder: Path, batches: int, more: str, files: bool, script: str = "") -> None:
+        self.run, self.config = folder / "run", folder / ("train.py" if script else "run.toml")
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
             two.bind(("127.0.0.1", 0))
@@ -56,7 +56,9 @@ class Services:
         if files:
             addresses = [f"{folder}/0", f"{folder}/1"]
         text = CONFIG.format(batches=batches, run=self.run, more=more, addresses=json.dumps(addresses))
-        self.config.write_text(text)
+        self.config.write_text(script or text)
+        words = f"--output.run={self.run} --service.addresses={','.join(addresses)} {more}"
+        self.words = words.split() if script else []
         self.supervisors: dict[int, subprocess.Popen[str]] = {}
         self.said = {k: folder / f"said-{k}" for k in range(3)}
 
@@ -64,7 +66,7 @@ class Services:
         for k in stages:
             if k in self.supervisors:
                 self.supervisors[k].wait(10)
-            command = [sys.executable, "-m", "dnipipe", "stage", str(self.config), "--index", str(k)]
+            command = [sys.executable, "-m", "dnipipe", "stage", str(self.config), "--index", str(k), *self.words]
             with self.said[k].open("a") as said:
                 self.supervisors[k] = subprocess.Popen(
                     command, stdout=said, stderr=said, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -132,8 +134,8 @@ class Services:
 def services(tmp_path: Path) -> Iterator[Callable[..., Services]]:
     made: list[Services] = []
 
-    def make(batches: int, more: str = "", files: bool = False) -> Services:
-        made.append(Services(tmp_path, batches, more, files))
+    def make(batches: int, more: str = "", files: bool = False, script: str = "") -> Services:
+        made.append(Services(tmp_path, batches, more, files, script))
         return made[-1]
 
     yield make
