@@ -240,25 +240,15 @@ def _verify(options: argparse.Namespace, overrides: list[str]) -> int:
 def _compare(options: argparse.Namespace, overrides: list[str]) -> int:
     with importing():
         from dnipipe import compare
+        from dnipipe.building import first_batch
+        from dnipipe.jobs import job_of
 
     path = Path(options.config) if options.config else None
     config = load(path, overrides)
     if is_worker():
         raise UsageError("dnipipe compare starts its processes itself: run it without torchrun")
-    if config.rule.name == "sync" or config.transport.kind == "local":
-        raise ConfigError(
-            f"rule.name = {config.rule.name}, transport.kind = {config.transport.kind}: compare measures a rule over "
-            "processes beside sync; name another rule, and leave transport.kind at zmq"
-        )
-    config = replace(
-        config,
-        train={"batches": options.batches},
-        eval={"every": 0, "sample": 0},
-        checkpoint={"every": 0},
-        output={"every": 0.2, "quiet": True},
-    )
     check_layers(config)
-    both, said = compare.sides(config)
+    both, said = compare.sides(config, options.batches, len(first_batch(job_of(config).task())[1]))
     print("".join(f"{line}\n" for line in said), end="")
     sides = {}
     with begun(Output(dir=config.output.dir), f"compare-{_name(path)}") as above:

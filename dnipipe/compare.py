@@ -1,4 +1,4 @@
-"""`dnipipe compare`: a run as it is and the same under sync, what each came to, and which to choose.
+"""`dnipipe compare`, `Run.compare`: a run as it is and the same under sync, what each came to, and which to choose.
 
         ┌─► RUN/as-it-is/  ─► Side ─┐
 sides ──┤                           ├─► samples/s, loss and peak memory side by side; a sentence
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dnipipe import gloo
-from dnipipe.building import device_of, first_batch
+from dnipipe.building import device_of
 from dnipipe.config import Config, replace, under
 from dnipipe.errors import ConfigError
-from dnipipe.jobs import job_of
 from dnipipe.loopback import LOOPBACK
 from dnipipe.sync import microbatches
 
@@ -46,11 +45,24 @@ class Side:
     late: float | None = None  # samples, mean, that the last stage but one trains until g comes; None: none did
 
 
-def sides(config: Config) -> tuple[dict[str, Config], list[str]]:
+def sides(config: Config, batches: int, samples: int) -> tuple[dict[str, Config], list[str]]:
     """What is to be trained, by the name of its folder, and lines that say what was changed for it.
 
-    Raises ConfigError for what sync could not do: else a person would hear of it when the first run is over.
+    batches: to train. samples: of a batch. Raises ConfigError for what sync could not do: else a person would hear of
+    it when the first run is over.
     """
+    if config.rule.name == "sync" or config.transport.kind == "local":
+        raise ConfigError(
+            f"rule.name = {config.rule.name}, transport.kind = {config.transport.kind}: compare measures a rule over "
+            "processes beside sync; name another rule, and leave transport.kind at zmq"
+        )
+    config = replace(
+        config,
+        train={"batches": batches},
+        eval={"every": 0, "sample": 0},
+        checkpoint={"every": 0},
+        output={"every": 0.2, "quiet": True},
+    )
     said = []
     if device_of(config).type != "cpu":
         config = _on_the_cpu(config)
@@ -59,7 +71,7 @@ def sides(config: Config) -> tuple[dict[str, Config], list[str]]:
         without = ", ".join(f"{name} = {value}" for name, value in wire.items())
         said.append(f"sync without {without}: torch sends each tensor as it is, and all")
     sync = under(config, "sync")
-    microbatches(sync.sync, sync.pipeline.stages, len(first_batch(job_of(sync).task())[1]))
+    microbatches(sync.sync, sync.pipeline.stages, samples)
     gloo.device(sync.transport.address or LOOPBACK, sync.security.private_network)
     return {"as-it-is": config, "sync": sync}, said
 

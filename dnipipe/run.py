@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dnipipe import checkpoint
 from dnipipe.children import check_stages
-from dnipipe.config import Config, build, over, replace
+from dnipipe.config import Config, Output, build, over, replace
 from dnipipe.data import Batches, Task
 from dnipipe.errors import ConfigError, UsageError
 from dnipipe.folders import begun
@@ -139,11 +139,7 @@ class Run:
         Prints a line a comparison, with the first weight that differs; returns whether none does. In float64, without
         dropout layers, of the first `batches` of an epoch; the model stays as it is. Raises UsageError under torchrun.
         """
-        started = LAUNCHED in os.environ
-        if alone():
-            raise UsageError("Run.verify() is not for one stage by itself: run the script without dnipipe stage")
-        if is_worker() and not started:
-            raise UsageError("Run.verify() starts its processes itself: run the script without torchrun")
+        started = _starts_its_own("Run.verify()")
         with tempfile.TemporaryDirectory(prefix="dnipipe-verify-") as folder:
             run = self._start(partial(self._verify, train, batches), started, str(Path(folder) / "run"))
             if started:  # in a process of a later fit: this was done before
@@ -154,6 +150,30 @@ class Run:
             _folders[-1] = VERIFIED if equal else DIFFERS
         print("\n".join(lines), flush=True)
         return equal
+
+    def compare(self, train: Batches, validation: Batches | None = None, batches: int = 200) -> None:
+        """Train `batches` batches as configured, then as many under sync, and print what both came to, samples/s, loss
+        and peak memory, and which to choose. The model here stays as it is. Where the script does not seed what its
+        model's weights are drawn from, the two begin with different ones.
+
+        Raises UsageError under torchrun, ConfigError for what sync could not do.
+        """
+        from dnipipe import compare  # what a launching process has no use for until now
+        from dnipipe.building import first_batch
+
+        started = _starts_its_own("Run.compare()")
+        config = build(self._settings)
+        both, said = compare.sides(config, batches, len(first_batch(_task(train, validation))[1]))
+        sides: list[compare.Side] = []
+        with nullcontext(Path()) if started else begun(Output(dir=config.output.dir), "compare") as above:
+            for name, settings in both.items():
+                if not started:
+                    print(*said, f"{name}: {batches} batches, rule {settings.rule.name}", sep="\n", flush=True)
+                work = partial(self._train, settings, train, validation, False)
+                folder = self._start(work, started, str(above / name))
+                sides.append(compare.side(folder, settings.rule.accumulate))
+                said = []
+        print("\n".join(compare.report(sides[0], sides[1], batches)), flush=True)
 
     def model(self) -> nn.Module:
         """The whole model with its trained weights: the module given to Run, in this process."""
@@ -212,9 +232,21 @@ class Run:
     def _job(self, config: Config, train: Batches, validation: Batches | None) -> Job:
         from dnipipe.building import Job  # what a launching process has no use for
 
-        task = Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
-        loss = partial(_one_number, self._loss)
+        loss, task = partial(_one_number, self._loss), _task(train, validation)
         return Job(config, lambda: self._model, loss, self._optimizer, lambda: task, self._schedule, script=True)
+
+
+def _task(train: Batches, validation: Batches | None) -> Task:
+    return Task(train, validation, classes=None, corpus="the loader given to fit", baseline=None, prompt=None)
+
+
+def _starts_its_own(what: str) -> bool:
+    """Whether this is a process that it has started. Raises UsageError if somebody else starts the processes."""
+    if alone():
+        raise UsageError(f"{what} is not for one stage by itself: run the script without dnipipe stage")
+    if is_worker() and LAUNCHED not in os.environ:
+        raise UsageError(f"{what} starts its processes itself: run the script without torchrun")
+    return LAUNCHED in os.environ
 
 
 def _one_number(loss: Loss, h: Tensor, y: Tensor) -> Tensor:

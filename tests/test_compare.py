@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import dnipipe
 from dnipipe import cli, compare
 from dnipipe.compare import Side
 from dnipipe.config import load
-from dnipipe.errors import ConfigError
+from dnipipe.errors import ConfigError, UsageError
+from dnipipe.started import ALONE, Alone
 from tests.test_processes import start, words
 
 MIB = 2**20
@@ -131,21 +134,21 @@ def test_what_sync_cannot_do_is_said_before_anything_is_trained(
 def test_both_are_trained_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is a GPU, and nobody has asked for it, that is the CPU, and it is said."""
     monkeypatch.setattr(compare, "device_of", lambda config: torch.device("cuda", 0))
-    both, said = compare.sides(load(None, words()))
+    both, said = compare.sides(load(None, words()), 40, 16)
     assert {name: (one.rule.name, one.pipeline.device) for name, one in both.items()} == {
         "as-it-is": ("blend", "cpu"),
         "sync": ("sync", "cpu"),
     }
     assert said == ["both on the CPU, for sync sends from the main memory alone (gloo): this says nothing of a GPU"]
     with pytest.raises(ConfigError, match=r"pipeline.device = cuda: compare trains under sync too.*device = cpu"):
-        compare.sides(load(None, words(pipeline__device="cuda")))
+        compare.sides(load(None, words(pipeline__device="cuda")), 40, 16)
 
 
 def test_what_the_wire_does_to_one_side_alone_is_said() -> None:
-    both, said = compare.sides(load(None, words(rule__name="synthetic", wire__gradient_every=4)))
+    both, said = compare.sides(load(None, words(rule__name="synthetic", wire__gradient_every=4)), 40, 16)
     assert said == ["sync without wire.gradient_every = 4: torch sends each tensor as it is, and all"]
     assert both["as-it-is"].wire.gradient_every == 4 and not both["sync"].wire.changed
-    assert compare.sides(load(None, words()))[1] == []
+    assert compare.sides(load(None, words()), 40, 16)[1] == []
 
 
 @pytest.mark.processes
@@ -161,6 +164,68 @@ def test_both_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert all(float(one.split()[4]) > 50 for one in memory)  # MiB: torch alone takes more
     assert "times as many samples a second, and after 40 batches its loss is" in advice
     assert late.startswith("a gradient came ") and [one.split()[0] for one in (text, images)] == ["lm", "mnist"]
-    (folder,) = tmp_path.glob("compare-default-*")
-    told = [json.loads((folder / name / "summary.json").read_text()) for name in ("as-it-is", "sync")]
+    told = both_of(tmp_path, "compare-default-*")
     assert [one["rule"] for one in told] == ["blend", "sync"] and all(one["train"]["batches"] == 40 for one in told)
+
+
+def both_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    (run,) = folder.glob(name)
+    return [json.loads((run / side / "summary.json").read_text()) for side in ("as-it-is", "sync")]
+
+
+SCRIPT = """
+import dnipipe, torch, torch.nn as nn, torch.nn.functional as F
+
+torch.manual_seed(0)
+batches = [(torch.randn(12, 8), torch.randint(3, (12,))) for _ in range(8)]
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+adam = lambda parameters: torch.optim.Adam(parameters, 1e-2)
+run = dnipipe.Run(model, [1], loss=F.cross_entropy, optimizer=adam, rule="local")
+before = model[0].weight.clone()
+run.compare(batches, batches[:2], 24)
+print("unchanged", torch.equal(before, model[0].weight))   # here comes the launching process alone
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(180)
+def test_a_scripts_own_model_is_compared(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    process = start(str(script), program=(), cwd=tmp_path)
+    out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, out + err
+    lines = out.splitlines()
+    assert [line for line in lines if "24 batches, rule" in line] == [
+        "as-it-is: 24 batches, rule local",
+        "sync: 24 batches, rule sync",
+    ]
+    assert sum(line.split() == ["local", "sync"] for line in lines) == 1 and lines[-1] == "unchanged True"
+    assert "and after 24 batches its loss is" in out
+    told = both_of(tmp_path / "runs", "compare-*")
+    assert [one["rule"] for one in told] == ["local", "sync"] and all(one["train"]["batches"] == 24 for one in told)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "starts its processes itself: run the script without torchrun"),
+        (
+            {ALONE: Alone(0, "run", 1, ()).to_json()},
+            "not for one stage by itself: run the script without dnipipe stage",
+        ),
+    ],
+)
+def test_who_was_started_by_somebody_else_compares_nothing(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = dnipipe.Run(
+        torch.nn.Sequential(torch.nn.Linear(2, 2)),
+        1,
+        loss=torch.nn.functional.mse_loss,
+        optimizer=lambda p: torch.optim.SGD(p),
+    )
+    with pytest.raises(UsageError, match=says):
+        run.compare([])

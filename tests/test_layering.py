@@ -88,13 +88,14 @@ MAY = {
     "launcher": "loopback started",
     "jobs": "building config data models optim",
     "laboratory": "agreement building data errors session transport worker",
-    "compare": "building config errors gloo jobs loopback sync",
+    "compare": "building config errors gloo loopback sync",
     "verify": "building checkpoint config data laboratory metrics optim pairs randomness session",
     "process": "building errors laboratory session started",
     "children": "config disk errors folders launcher models started",
-    "run": "building checkpoint children config data errors folders launcher optim predictors process service started "
+    "run": "building checkpoint children compare config data errors folders launcher optim predictors process service "
+    "started verify",
+    "cli": "building check checkpoint children compare config errors folders jobs keys process service started tracing "
     "verify",
-    "cli": "check checkpoint children compare config errors folders jobs keys process service started tracing verify",
     "__init__": "config errors run started",
     "__main__": "cli",
 }
