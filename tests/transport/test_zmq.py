@@ -186,7 +186,7 @@ def send(peer: zmq.Socket[bytes], frames: Sequence[codec.Frame], scheme: str) ->
         ([b""], "malformed", "header"),
         ([b"\x80" * 5000], "malformed", "header: 5000 bytes"),
         ([*GOOD, b"more"], "malformed", "Checkpoint: 1 tensor frames"),
-        ([b"x"] * 300_000, "too many frames", "frames from the previous stage, the limit is 5"),
+        ([b"x"] * 300_000, "too many frames", "frames from the previous stage, the limit is 6"),
     ],
     ids=["garbage", "empty", "long", "frames", "flood"],
 )
