@@ -127,6 +127,19 @@ def test_a_stage_that_is_through_rests_and_can_be_ended(container: Container) ->
     container.until("nothing is left", lambda: not container.others())
 
 
+def test_who_is_told_to_end_before_it_rests_ends(container: Container) -> None:
+    """While the shell still runs `touch`: the stage is gone, and what it will rest in not there yet."""
+    (container.folder / "status").write_text("0")
+    touch = container.folder / "touch"
+    touch.write_text(f'#!/bin/sh\n{shutil.which("touch")} "$@"; sleep 0.5\n')
+    touch.chmod(0o755)
+    shell = container.start()
+    container.until_there("through")
+    shell.send_signal(signal.SIGTERM)
+    shell.wait(60)
+    container.until("nothing is left", lambda: not container.others())
+
+
 def test_a_stage_that_fails_ends_its_container_with_its_status(container: Container) -> None:
     (container.folder / "status").write_text("3")
     assert container.start().wait(60) == 3
