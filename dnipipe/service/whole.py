@@ -19,11 +19,11 @@ def weights(run: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError if there is neither, or stages are missing.
     """
-    folders = sorted(run.glob(f"stage-*/{START}"))
-    if not folders:
+    agreements = filter(None, map(agreement_of, run.glob(f"stage-*/{START}")))
+    agreed = next(agreements, None)  # all of a run have the same
+    if agreed is None:
         return checkpoint.weights(run)
-    stages = max(Agreement.from_json(text).plan.stages for text in map(agreement_of, folders) if text)
-    own = [_newest(run / f"stage-{k}") for k in range(stages)]
+    own = [_newest(run / f"stage-{k}") for k in range(Agreement.from_json(agreed).plan.stages)]
     cut = _newest(run)
     if cut and all(state is None or cut.batch >= state.batch for state in own):
         return cut.weights()

@@ -60,6 +60,12 @@ def test_a_stage_that_is_missing_is_named(run: Path) -> None:
         weights(run)
 
 
+def test_stages_that_have_not_heard_what_they_are_part_of_have_nothing(tmp_path: Path) -> None:
+    Place.taken(tmp_path, 0)
+    with pytest.raises(CheckpointError, match="no complete checkpoint in"):
+        weights(tmp_path)
+
+
 def test_any_other_run_has_its_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 7, small(7))
     assert told(tmp_path) == [7, 8]
