@@ -28,12 +28,15 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Embed(nn.Module):
+    """The padding is what the data say, where x is a pair itself."""
+
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(WORDS, WIDTH)
 
-    def forward(self, tokens: Tensor) -> Pair:
-        return self.table(tokens), tokens == 0
+    def forward(self, x: Tensor | Pair) -> Pair:
+        tokens, padding = x if isinstance(x, tuple) else (x, x == 0)
+        return self.table(tokens), padding
 
 
 class Block(nn.Module):
@@ -64,10 +67,9 @@ class Mean(nn.Module):
         return logits
 
 
-def model(paired: bool = False) -> nn.Sequential:
-    """The same weights for either kind of data."""
+def model() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Given() if paired else Embed(), Block(), Block(), Mean())
+    return nn.Sequential(Embed(), Block(), Block(), Mean())
 
 
 def batch(seed: int) -> Pair:
@@ -82,23 +84,10 @@ BATCHES = [batch(seed) for seed in range(12)]
 X = BATCHES[0][0]
 
 
-class Given(nn.Module):
-    """An Embed whose padding the data tell: x is a pair itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(WORDS, WIDTH)
-
-    def forward(self, pair: Pair) -> Pair:
-        tokens, padding = pair
-        return self.table(tokens), padding
-
-
 def a_run(folder: Path, rule: Any, stages: list[int], **settings: Any) -> dnipipe.Run:
     settings = {"transport": {"kind": "local", "delay": 2}, "output": {"run": str(folder), "quiet": True}, **settings}
-    make = dnipipe.Run
-    net = settings.pop("net", None) or model()
-    return make(net, stages, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), rule=rule, **settings)
+    optimizer = {"optimizer": lambda p: torch.optim.SGD(p, 0.1)}
+    return dnipipe.Run(model(), stages, loss=F.cross_entropy, rule=rule, **optimizer, **settings)
 
 
 def test_a_pair_is_taken_apart_and_put_together() -> None:
@@ -121,7 +110,7 @@ def test_a_plan_knows_what_goes_along_each_edge() -> None:
 @pytest.mark.parametrize("stages", [[1], [2, 3], [1, 2, 3]], ids=str)
 def test_waiting_is_plain_autograd(stages: list[int], paired: bool, tmp_path: Path) -> None:
     """Bitwise. A stage that got no padding, or another batch's, would learn something else."""
-    run = a_run(tmp_path / "run", "wait", stages, net=model(paired))
+    run = a_run(tmp_path / "run", "wait", stages)
     run.fit([((x, x == 0) if paired else x, y) for x, y in BATCHES])
     alone = model()
     optimizer = torch.optim.SGD(alone.parameters(), 0.1)
@@ -169,7 +158,7 @@ def test_the_example_has_batches_of_its_own_lengths(tmp_path: Path) -> None:
 
 def test_the_plan_is_held_against_data_with_pairs_too() -> None:
     x, y = BATCHES[0]
-    made = plan(model(paired=True), 2, (1,), (x, x == 0), y, CLASSES)
+    made = plan(model(), 2, (1,), (x, x == 0), y, CLASSES)
     assert made.input(0) == (("int64", (SAMPLES, TOKENS)), ("bool", (SAMPLES, TOKENS)))
     assert Plan.from_json(made.to_json()) == made
 
@@ -198,7 +187,7 @@ def test_an_input_that_is_guessed_cannot_be_a_pair(
     paired: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unlocked = {"name": "local", "forward_unlock": True}
-    run = a_run(tmp_path / "run", unlocked, [2], transport={"kind": "local"}, net=model(paired))
+    run = a_run(tmp_path / "run", unlocked, [2], transport={"kind": "local"})
     with pytest.raises(SystemExit):
         run.fit([((x, x == 0) if paired else x, y) for x, y in BATCHES])
     assert "rule.forward_unlock = true: a guess is of one tensor, and the data, or a layer," in capsys.readouterr().err
