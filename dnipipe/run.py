@@ -115,23 +115,21 @@ class Run:
         """
         passes = {} if epochs is None else {"epochs": epochs}
         values = {**self._settings, "train": {**self._settings.get("train", {}), **passes}}
-        if by_itself := alone():
-            self._serve(by_itself, build(over(values, by_itself.settings)), train, validation, resume is not None)
+        if how := alone():
+            self._serve(how, build(over(values, how.settings)), train, validation, resume is not None)
         config = build(values)
         here = is_worker() or config.transport.kind == "local"
         work = partial(self._train, config, train, validation, resume is not None)
         return self._read(self._start(work, here, str(resume) if resume else ""))
 
-    def _serve(
-        self, alone: Alone, config: Config, train: Batches, validation: Batches | None, resume: bool
-    ) -> NoReturn:
+    def _serve(self, how: Alone, config: Config, train: Batches, validation: Batches | None, resume: bool) -> NoReturn:
         """`dnipipe stage SCRIPT`: this process is one stage, and ends with it."""
         with importing():
             from dnipipe.service.own import serve_alone
 
         if resume:
             raise UsageError("fit(resume=…): a stage by itself goes on from its own state; leave it out")
-        sys.exit(serve_alone(self._job(config, train, validation), alone))
+        sys.exit(serve_alone(self._job(config, train, validation), how))
 
     def verify(self, train: Batches, batches: int = 20) -> bool:
         """Show that K stages, under sync and under wait, learn what one process with plain autograd learns.

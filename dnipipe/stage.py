@@ -14,6 +14,8 @@ on Activation(id, x, y):                        on Gradient(id, g):
 `Stage.handle(message)` is a generator, and **a yield is a send**: what follows it runs while the neighbour already
 works. The caller must drain it, or the update is lost; the worker owns the only such loop.
 
+What a layer gives along with h, a mask (pairs.py), goes the way of h, down only: no rule and no predictor sees it.
+
 h.backward(g) with a known g is the whole trick: autograd's vector-Jacobian product gives dL/dθ = Σ g·∂h/∂θ, and x.grad
 is the gradient for the stage before (docs/known-gradient.md).
 

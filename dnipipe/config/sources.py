@@ -30,7 +30,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def over(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Nested plain values with `--section.key value` on top."""
-    given, under = list(_pairs(overrides)), {**copy.deepcopy(dict(values))}
+    given, under = list(_pairs(overrides)), copy.deepcopy(dict(values))
     _change_rule(under, dict(given).get("rule.name"))
     for name, text in given:
         section, _, key = name.partition(".")

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from dnipipe import config
 from dnipipe.building import Job
-from dnipipe.config import Config, replace
+from dnipipe.config import Config
 from dnipipe.errors import ConfigError, UsageError
 from dnipipe.process import guarded
 from dnipipe.service import place
@@ -61,7 +63,7 @@ def _settled(job: Job, alone: Alone) -> Job:
                 f"the command line's to say: --{name} {said}"
             )
     place.check(settings, alone.index)
-    return Job(**{**vars(job), "config": replace(settings, output={"run": alone.run})})
+    return replace(job, config=config.replace(settings, output={"run": alone.run}))
 
 
 def _said(settings: Config, name: str) -> object:
