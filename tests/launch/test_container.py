@@ -29,7 +29,8 @@ here = pathlib.Path({folder!r})
 def told(*_):
     (here / "told").touch()
 signal.signal(signal.SIGTERM, told)
-(here / "began").write_text(" ".join(sys.argv[1:]))
+(here / "words").write_text(" ".join(sys.argv[1:]))
+(here / "words").rename(here / "began")  # whole, when it is there
 if (here / "status").exists():
     sys.exit(int((here / "status").read_text()))
 signal.pause()
