@@ -271,10 +271,13 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     if Path(options.output).is_dir():
         raise UsageError(f"cannot write {options.output}: it is a folder; name a file with -o")
     try:
-        weights = whole.weights(Path(options.folder))
+        parts = whole.parts(Path(options.folder))
+        weights = whole.weights(parts)
         checkpoint.export(weights, Path(options.output))
     except DiskError as error:
         raise UsageError(f"{error.strerror} with -o") from None
+    for note in whole.notes(parts):
+        print(note)
     print(f"{options.output}: {len(weights)} tensors, for load_state_dict(safetensors.torch.load_file(...))")
     return 0
 

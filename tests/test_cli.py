@@ -266,7 +266,8 @@ def test_an_export_that_cannot_be_written_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("afile").touch()
-    monkeypatch.setattr("dnipipe.service.whole.weights", lambda run: {"0.weight": torch.ones(2)})
+    monkeypatch.setattr("dnipipe.service.whole.parts", lambda run: [])
+    monkeypatch.setattr("dnipipe.service.whole.weights", lambda parts: {"0.weight": torch.ones(2)})
     assert cli.main(["export", "run", "-o", out]) == 2
     shown = capsys.readouterr().err
     assert f"cannot write {out}: " in shown and shown.endswith(" with -o\n") and len(shown.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,37 +14,50 @@ from dnipipe.errors import CheckpointError
 from dnipipe.service.place import START, agreement_of
 
 
-def weights(run: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of the whole model, on the CPU: the newest complete checkpoint's, or where stages have
-    states of their own that are newer, theirs.
+def parts(run: Path) -> list[Checkpoint]:
+    """What the whole model is made of: the newest complete checkpoint, or where stages have states of their own that
+    are newer, theirs, stage by stage.
 
     Raises CheckpointError if there is neither, or stages are missing.
     """
     agreements = filter(None, map(agreement_of, run.glob(f"stage-*/{START}")))
     agreed = next(agreements, None)  # all of a run have the same
     if agreed is None:
-        return checkpoint.weights(run)
+        return [checkpoint.newest(run)]
     own = [_newest(run / f"stage-{k}") for k in range(Agreement.from_json(agreed).plan.stages)]
+    found = [state for state in own if isinstance(state, Checkpoint)]
     cut = _newest(run)
-    if cut and all(state is None or cut.batch >= state.batch for state in own):
-        return cut.weights()
-    if missing := [str(k) for k, state in enumerate(own) if state is None]:
+    if isinstance(cut, Checkpoint) and all(cut.batch >= state.batch for state in found):
+        return [cut]
+    if missing := {k: state for k, state in enumerate(own) if not isinstance(state, Checkpoint)}:
         raise CheckpointError(
-            f"{run} has no state of {'stages' if len(missing) > 1 else 'stage'} {', '.join(missing)}: copy "
-            f"{run / 'stage-K'} here from the machine that each of them ran on"
+            f"{run} has no state of {'stages' if len(missing) > 1 else 'stage'} {', '.join(map(str, missing))} "
+            f"({'; '.join(missing.values())}): copy {run / 'stage-K'} here from the machine that each of them ran on"
         )
+    return found
+
+
+def _newest(folder: Path) -> Checkpoint | str:
+    """Or why there is none."""
+    try:
+        return checkpoint.newest(folder)
+    except CheckpointError as error:
+        return str(error)
+
+
+def notes(parts: Sequence[Checkpoint]) -> Iterator[str]:
+    """What it is made of, and what is newer and was passed over, a line each."""
+    for part in parts:
+        yield from (f"passed over: {why}" for why in part.skipped)
+    yield f"saved behind batch {', '.join(str(part.batch) for part in parts)}{' (by stage)' * (len(parts) > 1)}"
+
+
+def weights(parts: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """Parameters and buffers of the whole model, on the CPU."""
     gathered: dict[str, Tensor] = {}
-    for state in own:
-        assert state
-        gathered.update(state.weights())
+    for part in parts:
+        gathered.update(part.weights())
     return gathered
 
 
-def _newest(folder: Path) -> Checkpoint | None:
-    try:
-        return checkpoint.newest(folder)
-    except CheckpointError:
-        return None
-
-
-__all__ = ["weights"]
+__all__ = ["notes", "parts", "weights"]

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from dnipipe.agreement import Agreement
+from dnipipe.checkpoint.files import folder_of, tensors_file
 from dnipipe.errors import CheckpointError
 from dnipipe.service.place import Place
-from dnipipe.service.whole import weights
+from dnipipe.service.whole import notes, parts, weights
 from dnipipe.split import Plan
 from tests.checkpoint.states import save, small
 
@@ -23,7 +24,7 @@ PLAN = Plan(("0", "1"), (1,), (1.0, 1.0), (3, 3), ((2, 3),) * 2, ("float32",) * 
 
 def told(run: Path) -> list[float]:
     """The value of each stage's one weight: the batch that it is of, and its number."""
-    return [tensor[0].item() for _, tensor in sorted(weights(run).items())]
+    return [tensor[0].item() for _, tensor in sorted(weights(parts(run)).items())]
 
 
 @pytest.fixture
@@ -56,18 +57,38 @@ def test_a_cut_is_enough_where_a_stage_has_nothing_of_its_own(run: Path) -> None
 
 def test_a_stage_that_is_missing_is_named(run: Path) -> None:
     shutil.rmtree(run / "stage-1" / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"has no state of stage 1: copy .*stage-K here"):
-        weights(run)
+    with pytest.raises(
+        CheckpointError, match=r"has no state of stage 1 \(no complete checkpoint.*\): copy .*stage-K here"
+    ):
+        parts(run)
+
+
+def test_it_says_what_it_is_made_of_and_what_was_passed_over(run: Path) -> None:
+    damaged = folder_of(run / "stage-0", 30) / tensors_file(0)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    passed, made = notes(parts(run))
+    assert passed.startswith("passed over: ") and str(damaged) in passed and "cut short" in passed
+    assert made == "saved behind batch 10, 20 (by stage)"
+    save(run, 30, small(30))
+    assert list(notes(parts(run))) == ["saved behind batch 30"]
+
+
+def test_a_stage_whose_every_state_is_damaged_is_named_with_its_damage(run: Path) -> None:
+    (folder_of(run / "stage-1", 20) / tensors_file(0)).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no state of stage 1 .*passed over: .*stage-0.safetensors cannot be read"
+    ):
+        parts(run)
 
 
 def test_stages_that_have_not_heard_what_they_are_part_of_have_nothing(tmp_path: Path) -> None:
     Place.taken(tmp_path, 0)
     with pytest.raises(CheckpointError, match="no complete checkpoint in"):
-        weights(tmp_path)
+        parts(tmp_path)
 
 
 def test_any_other_run_has_its_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 7, small(7))
     assert told(tmp_path) == [7, 8]
     with pytest.raises(CheckpointError, match="no complete checkpoint in"):
-        weights(tmp_path / "nowhere")
+        parts(tmp_path / "nowhere")
