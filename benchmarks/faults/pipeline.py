@@ -255,13 +255,17 @@ class Pipeline:
 
     def losses(self) -> dict[int, float]:
         """Of every evaluation so far: the batch that it stands behind, and its loss, nats a byte of held-out text."""
+        return {batch: loss for batch, (_, loss) in self.evaluations().items()}
+
+    def evaluations(self) -> dict[int, tuple[float, float]]:
+        """The same, and when it was made, seconds since 1970: batch -> (time, loss)."""
         path = self.run / "metrics" / "stage-0.jsonl"
         found = {}
         for text in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError):  # a line cut short by a kill
                 line = json.loads(text)
                 if "eval.loss" in line:
-                    found[int(line["eval.batch"])] = float(line["eval.loss"])
+                    found[int(line["eval.batch"])] = float(line["time"]), float(line["eval.loss"])
         return found
 
     def until(self, what: str, happens: Callable[[], bool], limit: float = LIMIT) -> None:
