@@ -90,7 +90,7 @@ class Run:
             "rule": dict(rule) if isinstance(rule, Mapping) else {"name": rule},
             "optimizer": {"clip": clip},
         }
-        build(self._settings)
+        self._built(self._settings)
         self.folder: Path | None = None
 
     def fit(
@@ -116,8 +116,8 @@ class Run:
         passes = {} if epochs is None else {"epochs": epochs}
         values = {**self._settings, "train": {**self._settings.get("train", {}), **passes}}
         if how := alone():
-            self._serve(how, build(over(values, how.settings)), train, validation, resume is not None)
-        config = build(values)
+            self._serve(how, self._built(over(values, how.settings)), train, validation, resume is not None)
+        config = self._built(values)
         here = is_worker() or config.transport.kind == "local"
         work = partial(self._train, config, train, validation, resume is not None)
         return self._read(self._start(work, here, str(resume) if resume else ""))
@@ -160,7 +160,7 @@ class Run:
         from dnipipe.building import first_batch
 
         started = _starts_its_own("Run.compare()")
-        config = build(self._settings)
+        config = self._built(self._settings)
         both, said = compare.sides(config, batches, len(first_batch(_task(train, validation))[1]))
         sides: list[compare.Side] = []
         with nullcontext(Path()) if started else begun(Output(dir=config.output.dir), "compare") as above:
@@ -209,13 +209,16 @@ class Run:
         stages = self._settings["pipeline"]["stages"]
         if isinstance(self._model, nn.Sequential):
             check_stages(stages, len(self._model))
-        with nullcontext(Path(folder)) if folder else begun(build(self._settings).output, "fit") as made:
+        with nullcontext(Path(folder)) if folder else begun(self._built(self._settings).output, "fit") as made:
             # the copies begin where this process began, and the script may have moved since
             _folders[-1] = str(made if os.getcwd() == HERE else made.absolute())
             status = launch(stages, _own_command(), json.dumps(_folders), where=HERE)
             if status:
                 sys.exit(status)
         return made
+
+    def _built(self, values: Mapping[str, Any]) -> Config:
+        return build(values, scheduled=self._schedule is not None)
 
     def _train(self, config: Config, train: Batches, validation: Batches | None, resume: bool, folder: str) -> Path:
         config = replace(config, output={"run": folder or config.output.run})
@@ -224,7 +227,7 @@ class Run:
     def _verify(self, train: Batches, batches: int, folder: str) -> Path:
         from dnipipe import verify
 
-        job = verify.prepared(self._job(build(self._settings), train, None), batches, Path(folder))
+        job = verify.prepared(self._job(self._built(self._settings), train, None), batches, Path(folder))
         return _guarded(job, part=verify.work)
 
     def _job(self, config: Config, train: Batches, validation: Batches | None) -> Job:

@@ -45,6 +45,14 @@ def test_a_rule_begins_with_its_own_settings_and_any_source_goes_over_them(words
     assert plain.rule.lookahead == 0 and plain.predictor.matching == 0.1 and load(None).rule.stash
 
 
+def test_blend_looks_further_ahead_where_the_rate_stays_what_it_is() -> None:
+    assert build({}).rule.lookahead == load(None, ["--optimizer.schedule", "constant"]).rule.lookahead == 10
+    assert build({}, scheduled=True).rule.lookahead == build({"optimizer": {"schedule": "linear"}}).rule.lookahead == 1
+    assert build({"rule": {"lookahead": 3}}).rule.lookahead == 3
+    assert build({"rule": {"name": "delayed"}}).rule.lookahead == 0
+    assert load(None, ["--rule.name", "local", "--optimizer.schedule", "constant"]).rule.lookahead == 0
+
+
 def test_a_run_that_changes_its_rule_leaves_behind_what_the_old_one_began_with(tmp_path: Path) -> None:
     """As a resumed run does: its config.toml says every setting."""
     run = write_config(tmp_path, load(None, ["--rule.name", "blend", "--rule.correction", "0.7"]))
@@ -54,6 +62,8 @@ def test_a_run_that_changes_its_rule_leaves_behind_what_the_old_one_began_with(t
     again = load(write_config(tmp_path, local), ["--rule.name", "blend"])
     assert (again.rule.stash, again.rule.lookahead, again.predictor.matching) == (True, 1, 0.0)
     assert load(run, ["--train.seed", "1"]).rule.correction == 0.7
+    constant = write_config(tmp_path, load(None, ["--optimizer.schedule", "constant"]))
+    assert load(constant, ["--rule.name", "local"]).rule.lookahead == 0
 
 
 @pytest.mark.parametrize("name", ["sync", "wait"])

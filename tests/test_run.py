@@ -52,8 +52,13 @@ def test_a_rule_has_settings_of_its_own(rule: Mapping[str, Any], tmp_path: Path)
     """On top of what blend begins with."""
     a_run(rule=rule, output={"run": str(tmp_path / "run")}).fit(BATCHES)
     found = settings_of(tmp_path / "run")
-    assert found["rule.name"] == "blend" and found["rule.stash"] is False and found["rule.lookahead"] == 1
+    assert found["rule.name"] == "blend" and found["rule.stash"] is False and found["rule.lookahead"] == 10
     assert found["rule.correction"] == rule.get("correction", 0.5)
+
+
+def test_a_schedule_of_the_scripts_own_is_no_constant_rate(tmp_path: Path) -> None:
+    a_run(rule="blend", schedule=lambda batch: 1 / batch, output={"run": str(tmp_path / "run")}).fit(BATCHES)
+    assert settings_of(tmp_path / "run")["rule.lookahead"] == 1
 
 
 def test_a_limit_on_the_gradient_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "predictor": {"matching": 0.0},
     }
 }
+# and in the place of those where the rate stays what it is (docs/learning-measured.md, "What it hangs on")
+AT_A_CONSTANT_RATE: dict[str, dict[str, dict[str, Any]]] = {"blend": {"rule": {"lookahead": 10}}}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dnipipe.config.rules import check_rules, may_distrust, phases, shown, waits
 from dnipipe.config.sections import (
+    AT_A_CONSTANT_RATE,
     PRESETS,
     Checkpoints,
     Data,
@@ -214,8 +215,10 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
             hint = hints(kind)[item.name]
             name, help = f"{section.name}.{item.name}", item.metadata["help"]
             for rule, preset in PRESETS.items():
-                value = preset.get(section.name, {}).get(item.name)
-                help += "" if value is None else f" [with {rule}: {str(value).lower()}]"
+                begun = {f"with {rule}": preset, "at a constant rate": AT_A_CONSTANT_RATE.get(rule, {})}
+                values = {when: table.get(section.name, {}).get(item.name) for when, table in begun.items()}
+                words = [f"{when}: {str(value).lower()}" for when, value in values.items() if value is not None]
+                help += f" [{'; '.join(words)}]" if words else ""
             yield name, name_of(hint), item.default, help
 
 

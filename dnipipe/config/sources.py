@@ -1,6 +1,6 @@
 """Where settings come from, the later over the earlier; all of them go through `build`.
 
-a setting's default ─► what its rule begins with (PRESETS) ─► a TOML file, or the embedded run ─► `--section.key value`
+a setting's default ─► what its rule begins with (_preset) ─► a TOML file, or the embedded run ─► `--section.key value`
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-from dnipipe.config.sections import PRESETS, Rule
+from dnipipe.config.sections import AT_A_CONSTANT_RATE, PRESETS, Optimizer, Rule
 from dnipipe.config.settings import Config, describe
 from dnipipe.config.values import hints, nearest
 from dnipipe.errors import ConfigError
@@ -50,11 +50,14 @@ def default() -> dict[str, dict[str, Any]]:
     }
 
 
-def build(values: Mapping[str, Any]) -> Config:
-    """Nested plain values, as TOML gives them, into a checked Config."""
+def build(values: Mapping[str, Any], scheduled: bool = False) -> Config:
+    """Nested plain values, as TOML gives them, into a checked Config.
+
+    scheduled: the rate changes by a schedule that is no setting, a script's own.
+    """
     sections = hints(Config)
     parts = {}
-    for section, table in _begun(values).items():
+    for section, table in _begun(values, scheduled).items():
         if section not in sections:
             within = [name for name in _all_names() if name.partition(".")[2] == section]
             near = f" (did you mean {within[0]}?)" if within else nearest(section, sections)
@@ -81,8 +84,9 @@ def _change_rule(values: Mapping[str, Any], new: str | None) -> None:
     old = str(rule.get("name", Rule.name)) if isinstance(rule, Mapping) else new
     if new is None or old is None or new == old:
         return
-    own: dict[str, dict[str, Any]] = PRESETS.get(old, {})
-    for section, preset in (*own.items(), *PRESETS.get(new, {}).items()):
+    constant = _constant(values)
+    own = _preset(old, constant)
+    for section, preset in (*own.items(), *_preset(new, constant).items()):
         table, kind = values.get(section), hints(Config)[section]
         for key in preset:
             begun = own.get(section, {}).get(key, getattr(kind, key))
@@ -90,16 +94,28 @@ def _change_rule(values: Mapping[str, Any], new: str | None) -> None:
                 del table[key]
 
 
-def _begun(values: Mapping[str, Any]) -> dict[str, Any]:
+def _begun(values: Mapping[str, Any], scheduled: bool) -> dict[str, Any]:
     """The values on top of what the rules of the run begin with."""
     rule = values.get("rule", {})
     words = f"{rule.get('name', Rule.name)},{rule.get('then', '')}" if isinstance(rule, Mapping) else ""
     begun = dict(values)
-    for name in {word.rpartition(":")[2].strip() for word in words.split(",")} & PRESETS.keys():
-        for section, preset in PRESETS[name].items():
+    for name in {word.rpartition(":")[2].strip() for word in words.split(",")}:
+        for section, preset in _preset(name, _constant(values) and not scheduled).items():
             table = begun.get(section, {})
             begun[section] = {**preset, **table} if isinstance(table, Mapping) else table
     return begun
+
+
+def _preset(rule: str, constant: bool) -> dict[str, dict[str, Any]]:
+    """What a run with that rule begins with."""
+    changed = AT_A_CONSTANT_RATE.get(rule, {}) if constant else {}
+    return {section: {**preset, **changed.get(section, {})} for section, preset in PRESETS.get(rule, {}).items()}
+
+
+def _constant(values: Mapping[str, Any]) -> bool:
+    """Whether no setting changes the rate, but for its warm-up."""
+    optimizer = values.get("optimizer", {})
+    return isinstance(optimizer, Mapping) and optimizer.get("schedule", Optimizer.schedule) == Optimizer.schedule
 
 
 def _convert(kind: type, key: str, value: Any) -> Any:
