@@ -1,8 +1,9 @@
 """python -m benchmarks.outage: a stage is away for a while; are the others better off going on, or waiting for it?
 
 seconds   0 ───── before ─────┬──────── away ────────┬───── after ─────
-goes on   all train           │ those before it learn by their predictors  │ all train
-waits     all train           │ nobody trains                              │ all train
+go on     all train           │ those before it      │ all train
+                              │ learn by predictors  │
+wait      all train           │ nobody trains        │ all train
 never     all train, and nothing happens
 
 The stage and its supervisor are killed, and started again from the state that it saved itself. A pipeline of
@@ -50,26 +51,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = Settings(options.before, options.away, options.after, options.stages, options.rate)
+    words = ["python", "-m", "benchmarks.outage", *(sys.argv[1:] if arguments is None else arguments)]
+    about = (
+        f"{shlex.join(words)}\n\nMeasured {time.strftime('%Y-%m-%d')} on {processor()}, load {os.getloadavg()[0]:.1f}."
+    )
     found = []
     for seed in range(options.seeds):
         for stage, way in [(None, NEVER), *((stage, way) for stage in range(1, options.stages) for way in WAYS)]:
             found.append(run(settings, stage, way, seed))
             print(found[-1].line(), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    words = ["python", "-m", "benchmarks.outage", *(sys.argv[1:] if arguments is None else arguments)]
-    about = f"Measured {time.strftime('%Y-%m-%d')} on {processor()}, load {os.getloadavg()[0]:.1f}."
-    pictures = "".join(f"\n![{name}]({name})\n" for name in draw(plots(settings, found), options.out))
-    text = f"    {shlex.join(words)}\n\n{about}\n\n{table(settings, found)}"
-    (options.out / "README.md").write_text(f"# A stage that is away\n\n{text}{pictures}")
-    lines = [json.dumps(dataclasses.asdict(one)) for one in found]
-    (options.out / "runs.jsonl").write_text("\n".join(lines) + "\n")
-    print(text, end="")
+    results = {"settings": dataclasses.asdict(settings), "about": about, "runs": list(map(dataclasses.asdict, found))}
+    (options.out / "outage.json").write_text(json.dumps(results))
+    print(write(options.out), end="")
     return 0
+
+
+def write(folder: Path) -> str:
+    """Table and picture of what is kept in outage.json; returns the table."""
+    results = json.loads((folder / "outage.json").read_text())
+    settings, found = Settings(**results["settings"]), [Outage(**values) for values in results["runs"]]
+    pictures = "".join(f"\n![{name}]({name})\n" for name in draw(plots(settings, found), folder))
+    text = f"    {results['about']}\n\n{table(settings, found)}"
+    (folder / "README.md").write_text(f"# A stage that is away\n\n{text}{pictures}")
+    return text
 
 
 def run(settings: Settings, stage: int | None, way: str, seed: int) -> Outage:
     """One run; `stage` is that which is away. Raises Hung, and SystemExit for a ledger that is not exact."""
-    unguided = 0 if way == "waits" else UNBOUND
+    unguided = 0 if way == "wait" else UNBOUND
     with (
         tempfile.TemporaryDirectory(prefix="dnipipe-outage-") as folder,
         Pipeline(

@@ -9,7 +9,7 @@ from statistics import mean
 from benchmarks.plots import Line, Plot
 from benchmarks.tables import MISSING, markdown
 
-WAYS = ("goes on", "waits")  # what the stages before the one that is away do
+WAYS = ("go on", "wait")  # what the stages before the one that is away do
 NEVER = "never away"
 LAST = 5.0  # seconds whose evaluations count as one moment's
 
@@ -52,7 +52,7 @@ class Outage:
 
     @property
     def label(self) -> str:
-        return self.way if self.stage is None else f"stage {self.stage} away, {self.way}"
+        return self.way if self.stage is None else f"stage {self.stage} away, the others {self.way}"
 
     def at(self, second: float) -> float | None:
         """The mean of the evaluations of the LAST seconds before it; None if there was none."""
@@ -84,7 +84,7 @@ def plots(settings: Settings, runs: Sequence[Outage]) -> list[Plot]:
     for run in first:
         if run.stage is not None:
             title = f"stage {run.stage} of {settings.stages} away, {settings.before:g} to {settings.back:g} s"
-            panels.setdefault(title, dict(never))[f"the others: {run.way}"] = _line(run)
+            panels.setdefault(title, dict(never))[f"the others {run.way}"] = _line(run)
     return [Plot("outage", "seconds", "held-out loss, nats a byte", panels, marks=True)]
 
 
