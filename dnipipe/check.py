@@ -41,7 +41,7 @@ def check(job: Job) -> Iterator[str]:
     for batch in range(1, 1 + REPEATS):
         one_batch(stages, Activation(batch, h, y, along=along))
     yield f"data    {task.corpus}; {len(task.train)} batches an epoch, {total} to train"
-    yield from table(plan)
+    yield from table(settings, plan)
     for k, stage in enumerate(stages[:-1]):
         yield _edge(settings.wire, plan, k) + _predictor(stage, measured[k]) + _inputs(stages[k + 1], plan)
     yield f"rule    {settings.rule.name}: {REPEATS} batches went through all stages in one process"

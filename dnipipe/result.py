@@ -12,16 +12,19 @@ from dnipipe.data import Task
 from dnipipe.head import Head
 from dnipipe.split import Plan
 
+MANY, FEW = 1000, 64  # classes: so many that a sample of them is worth a try, and how many
+MOST = 0.5  # of a stage's time
 
-def opening(task: Task, plan: Plan, run: str, start: int) -> Iterator[str]:
+
+def opening(config: Config, task: Task, plan: Plan, run: str, start: int) -> Iterator[str]:
     """What will be trained, on what, cut where."""
     yield f"data    {task.corpus}"
     yield f"run     {run}" + (f", continued from batch {start}" if start else "")
-    yield from table(plan)
+    yield from table(config, plan)
 
 
-def table(plan: Plan) -> Iterator[str]:
-    """What was cut where: a line a stage."""
+def table(config: Config, plan: Plan) -> Iterator[str]:
+    """What was cut where, a line a stage; where many classes make predictors take most of the time, a hint."""
     whole = sum(plan.seconds) or 1.0
     for stage in range(plan.stages):
         layers = plan.layers_of(stage)
@@ -30,6 +33,17 @@ def table(plan: Plan) -> Iterator[str]:
         yield (
             f"stage {stage} layers {names}: {sum(plan.parameters[layer] for layer in layers):,} parameters, "
             f"{seconds * 1e3:.1f} ms a batch ({seconds / whole:.0%} of all)"
+        )
+    yield from _hint(config, plan)
+
+
+def _hint(config: Config, plan: Plan) -> Iterator[str]:
+    shares = [part / every for part, every in zip(plan.predicting, plan.seconds, strict=False) if every]
+    whole = config.predictor.name == "vfbn" and not config.predictor.sampled
+    if whole and (plan.classes or 0) >= MANY and max(shares, default=0.0) > MOST:
+        yield (
+            f"hint    predictors score all {plan.classes:,} classes, which takes up to {max(shares):.0%} of a stage's "
+            f"time: predictor.sampled = {FEW} scores those in a batch and {FEW} others"
         )
 
 

@@ -150,7 +150,7 @@ def head_of(
     """Stage 0's script and display, which begins with what will be trained."""
     display = Display(agreed.plan.stages, agreed.total, agreed.start, quiet=settings.output.quiet)
     head = kind(settings, task, Path(agreed.folder), measured, display, agreed.start, agreed.total)
-    for line in result.opening(task, agreed.plan, agreed.folder, agreed.start):
+    for line in result.opening(settings, task, agreed.plan, agreed.folder, agreed.start):
         display.note(line)
     try:
         yield head

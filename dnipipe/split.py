@@ -65,6 +65,7 @@ class Plan:
     writes: tuple[bool, ...] = ()  # whether each layer writes into its input, as nn.ReLU(inplace=True) does
     alongs: tuple[Like | None, ...] = ()  # what each layer gives beside its output (pairs.py)
     x_along: Like | None = None  # and what the data have beside x
+    predicting: tuple[float, ...] = ()  # of the seconds, those of each stage's predictor
 
     @property
     def stages(self) -> int:
@@ -163,7 +164,12 @@ def plan(
         x_along=_like(along),
     )
     _check(model, made, trainable)
-    return replace(made, seconds=tuple(costs.of(made.layers_of(k), k == stages - 1) for k in range(stages)))
+    parts = [(made.layers_of(k), k == stages - 1) for k in range(stages)]
+    return replace(
+        made,
+        seconds=tuple(costs.of(*part) for part in parts),
+        predicting=tuple(costs.work_of(*part).seconds for part in parts),
+    )
 
 
 def _like(tensor: Tensor | None) -> Like | None:
@@ -252,8 +258,11 @@ class _Costs:
         axis = None if y.is_floating_point() else class_axis(self.shapes[-1], self.y)
         self.classes = self.shapes[-1][axis] if classes is None and axis is not None else classes
 
+    def work_of(self, layers: range, last: bool) -> Work:
+        return Work() if last else self.work(Edge(self.shapes[layers[-1]], self.y, self.shapes[-1], self.classes))
+
     def of(self, layers: range, last: bool) -> float:
-        work = Work() if last else self.work(Edge(self.shapes[layers[-1]], self.y, self.shapes[-1], self.classes))
+        work = self.work_of(layers, last)
         there, back = (sum(seconds[layer] for layer in layers) for seconds in (self.forwards, self.backwards))
         return work.forwards * there + work.backwards * back + work.seconds
 

@@ -67,6 +67,7 @@ def test_stages_before_the_last_count_what_their_rule_adds(monkeypatch: pytest.M
     assert planned(Work(backwards=2)).boundaries == (3,) and planned(Work(backwards=2)).seconds == (15, 15)
     assert planned(Work(forwards=2)).seconds == (12, 15)
     assert planned(Work(seconds=6.0)).boundaries == (3,) and planned(Work(seconds=6.0)).seconds == (15, 15)
+    assert planned(Work(seconds=6.0)).predicting == (6, 0)
     asked: list[Edge] = []
     plan(net, 3, (), X, Y, 8, work=lambda edge: asked.append(edge) or Work())
     assert asked == [Edge((6, 8), (6,), (6, 8), 8)]  # once, for all edges are alike
