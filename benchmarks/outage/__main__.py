@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -51,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = Settings(options.before, options.away, options.after, options.stages, options.rate)
-    words = ["python", "-m", "benchmarks.outage", *(sys.argv[1:] if arguments is None else arguments)]
-    about = (
-        f"{shlex.join(words)}\n\nMeasured {time.strftime('%Y-%m-%d')} on {processor()}, load {os.getloadavg()[0]:.1f}."
-    )
+    about = f"Measured {time.strftime('%Y-%m-%d')} on {processor()}, load {os.getloadavg()[0]:.1f}."
     found = []
     for seed in range(options.seeds):
         for stage, way in [(None, NEVER), *((stage, way) for stage in range(1, options.stages) for way in WAYS)]:
@@ -72,7 +68,7 @@ def write(folder: Path) -> str:
     results = json.loads((folder / "outage.json").read_text())
     settings, found = Settings(**results["settings"]), [Outage(**values) for values in results["runs"]]
     pictures = "".join(f"\n![{name}]({name})\n" for name in draw(plots(settings, found), folder))
-    text = f"    {results['about']}\n\n{table(settings, found)}"
+    text = f"{settings}\n{results['about']}\n\n{table(settings, found)}"
     (folder / "README.md").write_text(f"# A stage that is away\n\n{text}{pictures}")
     return text
 

@@ -24,6 +24,12 @@ class Settings:
     stages: int
     rate: float
 
+    def __str__(self) -> str:
+        return (
+            f"Of {self.stages} stages one is away from {self.before:g} to {self.back:g} s, in runs of {self.end:g} s; "
+            f"at most {self.rate:g} batches a second."
+        )
+
     @property
     def back(self) -> float:
         """When the stage is started again."""
