@@ -51,7 +51,7 @@ unguided_batches = {unguided}
 save_every = 1.0
 silence = {silence}
 hung = {hung}
-patience = 120.0
+patience = {patience}
 restarts = 1000
 [transport]
 address = "{address}"
@@ -110,6 +110,7 @@ class Pipeline:
             "unguided": 100_000,
             "silence": 2.0,
             "hung": 6.0,
+            "patience": 120.0,
         }
         folder.mkdir(parents=True)
         self.keys = self._made_keys() if emulator or locked else None

@@ -79,7 +79,13 @@ def run(settings: Settings, stage: int | None, way: str, seed: int) -> Outage:
     with (
         tempfile.TemporaryDirectory(prefix="dnipipe-outage-") as folder,
         Pipeline(
-            Path(folder) / "pipeline", settings.stages, settings.rate, seed=seed, unguided=unguided, evaluate=EVERY
+            Path(folder) / "pipeline",
+            settings.stages,
+            settings.rate,
+            seed=seed,
+            unguided=unguided,
+            evaluate=EVERY,
+            patience=settings.away + START,  # who waits for the stage is there when it is back
         ) as pipeline,
     ):
         pipeline.until_all_pass(WARM, START)
