@@ -18,7 +18,7 @@ The checksums find damage, not malice: who may write the folder may change the w
 
 from dnipipe.checkpoint.files import write_tensors
 from dnipipe.checkpoint.format import StageState
-from dnipipe.checkpoint.load import Checkpoint, at, export, newest, weights
+from dnipipe.checkpoint.load import Checkpoint, at, export, newest, search, weights
 from dnipipe.checkpoint.optimizers import load_optimizer_state, optimizer_state
 from dnipipe.checkpoint.save import complete, save_part
 
@@ -32,6 +32,7 @@ __all__ = [
     "newest",
     "optimizer_state",
     "save_part",
+    "search",
     "weights",
     "write_tensors",
 ]

@@ -111,19 +111,27 @@ def newest(run: Path) -> Checkpoint:
 
     `skipped` names the newer folders that were passed over, and why. Raises CheckpointError if there is none.
     """
+    found, skipped = search(run)
+    if found:
+        return found
+    passed = f" (passed over: {'; '.join(skipped)})" if skipped else ""
+    raise CheckpointError(
+        f"no complete checkpoint in {run / 'checkpoints'}{passed}: name a run that has one, or start a new run"
+    )
+
+
+def search(run: Path) -> tuple[Checkpoint | None, tuple[str, ...]]:
+    """The newest complete checkpoint, as above, if there is one; what is newer, or was all there was, and why not."""
     skipped: list[str] = []
     for batch in sorted(batches_of(run), reverse=True):
         try:
             found = at(run, batch)
             for k, part in enumerate(found.parts):
                 verify(found.folder / tensors_file(k), part)
-            return replace(found, skipped=tuple(skipped))
+            return replace(found, skipped=tuple(skipped)), tuple(skipped)
         except CheckpointError as error:
             skipped.append(str(error))
-    passed = f" (passed over: {'; '.join(skipped)})" if skipped else ""
-    raise CheckpointError(
-        f"no complete checkpoint in {run / 'checkpoints'}{passed}: name a run that has one, or start a new run"
-    )
+    return None, tuple(skipped)
 
 
 def at(run: Path, batch: int) -> Checkpoint:

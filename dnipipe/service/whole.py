@@ -24,25 +24,18 @@ def parts(run: Path) -> list[Checkpoint]:
     agreed = next(agreements, None)  # all of a run have the same
     if agreed is None:
         return [checkpoint.newest(run)]
-    own = [_newest(run / f"stage-{k}") for k in range(Agreement.from_json(agreed).plan.stages)]
-    found = [state for state in own if isinstance(state, Checkpoint)]
-    cut = _newest(run)
-    if isinstance(cut, Checkpoint) and all(cut.batch >= state.batch for state in found):
+    own = [checkpoint.search(run / f"stage-{k}") for k in range(Agreement.from_json(agreed).plan.stages)]
+    found = [state for state, _ in own if state]
+    cut, _ = checkpoint.search(run)
+    if cut and all(cut.batch >= state.batch for state in found):
         return [cut]
-    if missing := {k: state for k, state in enumerate(own) if not isinstance(state, Checkpoint)}:
+    if missing := [str(k) for k, (state, _) in enumerate(own) if state is None]:
+        damaged = "; ".join(why for state, passed in own if state is None for why in passed)
         raise CheckpointError(
-            f"{run} has no state of {'stages' if len(missing) > 1 else 'stage'} {', '.join(map(str, missing))} "
-            f"({'; '.join(missing.values())}): copy {run / 'stage-K'} here from the machine that each of them ran on"
+            f"{run} has no state of {'stages' if len(missing) > 1 else 'stage'} {', '.join(missing)}: copy "
+            f"{run / 'stage-K'} here from the machine that each of them ran on{damaged and f' (damaged: {damaged})'}"
         )
     return found
-
-
-def _newest(folder: Path) -> Checkpoint | str:
-    """Or why there is none."""
-    try:
-        return checkpoint.newest(folder)
-    except CheckpointError as error:
-        return str(error)
 
 
 def notes(parts: Sequence[Checkpoint]) -> Iterator[str]:

@@ -57,9 +57,7 @@ def test_a_cut_is_enough_where_a_stage_has_nothing_of_its_own(run: Path) -> None
 
 def test_a_stage_that_is_missing_is_named(run: Path) -> None:
     shutil.rmtree(run / "stage-1" / "checkpoints")
-    with pytest.raises(
-        CheckpointError, match=r"has no state of stage 1 \(no complete checkpoint.*\): copy .*stage-K here"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no state of stage 1: copy .*stage-K here .* ran on$"):
         parts(run)
 
 
@@ -76,7 +74,7 @@ def test_it_says_what_it_is_made_of_and_what_was_passed_over(run: Path) -> None:
 def test_a_stage_whose_every_state_is_damaged_is_named_with_its_damage(run: Path) -> None:
     (folder_of(run / "stage-1", 20) / tensors_file(0)).unlink()
     with pytest.raises(
-        CheckpointError, match=r"no state of stage 1 .*passed over: .*stage-0.safetensors cannot be read"
+        CheckpointError, match=r"no state of stage 1: .*\(damaged: .*stage-0.safetensors cannot be read"
     ):
         parts(run)
 
