@@ -26,6 +26,7 @@ from dnipipe.gradient_rules import RULES, GradientRule
 from dnipipe.last_stage import LossGradient
 from dnipipe.learner import Learner
 from dnipipe.lessons import Replay
+from dnipipe.measuring import Work
 from dnipipe.metrics import StageMetrics
 from dnipipe.optim import Descent, OptimizerFactory
 from dnipipe.pairs import Given, joined
@@ -33,7 +34,7 @@ from dnipipe.phases import Phases
 from dnipipe.predictors import Edge, Loss
 from dnipipe.randomness import reseed
 from dnipipe.sometimes import Sometimes
-from dnipipe.split import Like, Plan, Work
+from dnipipe.split import Like, Plan
 from dnipipe.stage import Stage
 from dnipipe.staging import StagedTransport
 from dnipipe.started import unheard

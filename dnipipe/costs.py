@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnipipe.gradient_rules import GradientRule, Mend, Use
-from dnipipe.split import REPEATS, Work, lap
+from dnipipe.measuring import REPEATS, Work, lap
 
 SMALL = 1e-3  # size of a made-up gradient
 

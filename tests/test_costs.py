@@ -19,10 +19,11 @@ from dnipipe.check import one_batch
 from dnipipe.config import load
 from dnipipe.costs import work_of
 from dnipipe.data import Task
+from dnipipe.measuring import Work
 from dnipipe.messages import Activation
 from dnipipe.metrics import StageMetrics
 from dnipipe.models import cross_entropy
-from dnipipe.split import Plan, Work
+from dnipipe.split import Plan
 from dnipipe.stage import Stage
 from tests.conftest import blobs
 
@@ -109,7 +110,7 @@ def test_a_schedule_keeps_its_graph_and_has_no_predictor(monkeypatch: pytest.Mon
 
 def test_a_stages_seconds_are_those_of_its_passes_and_of_its_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()
-    for module in ("split", "costs"):
+    for module in ("measuring", "costs"):
         monkeypatch.setattr(f"dnipipe.{module}.lap", lambda like: float(next(clock)))
     _, plan, (work,) = planned(job_of("--rule.name blend"), monkeypatch)
     assert work == Work(1, 2, 1.0)  # whatever is timed takes a second

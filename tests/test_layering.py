@@ -53,8 +53,9 @@ MAY = {
     "pending": "stash",
     "stage": "beside messages errors finite gradient_rules last_stage predictors metrics optim pairs passes pending "
     "stash window",
-    "split": "errors labels pairs predictors",
-    "costs": "gradient_rules split",
+    "measuring": "errors labels pairs predictors",
+    "split": "errors measuring pairs predictors",
+    "costs": "gradient_rules measuring",
     "models": "config errors",
     "data": "config errors labels pairs randomness started",
     "scaling": "pairs",
@@ -74,8 +75,8 @@ MAY = {
     "worker": "errors greeting head measured messages metrics stage tracing transport window",
     "result": "building config data head split",
     "building": "beside config costs data errors execution gradient_rules inputs kinds last_stage learner lessons "
-    "metrics optim pairs phases predictors randomness sometimes split stage staging started stash sync transport trust "
-    "turns unlocked window wire",
+    "measuring metrics optim pairs phases predictors randomness sometimes split stage staging started stash sync "
+    "transport trust turns unlocked window wire",
     "state": "checkpoint errors learner split stage unlocked",
     "opening": "building config expected keys metrics rendezvous split transport",
     "agreement": "building checkpoint config data disk errors folders split",
@@ -107,7 +108,7 @@ FOREIGN = {  # libraries that only these may import
     "rich": {"display"},
     "matplotlib": {"tracing"},
     "torch.distributed": {"transport", "loopback", "rendezvous", "launcher", "process", "gloo", "schedules"},
-    "time": {"greeting", "metrics", "transport", "worker", "split", "folders", "display", "service", "keys"},
+    "time": {"greeting", "metrics", "transport", "worker", "measuring", "folders", "display", "service", "keys"},
 }
 
 

@@ -13,8 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from dnipipe.errors import SplitError
+from dnipipe.measuring import Work
 from dnipipe.predictors import Edge
-from dnipipe.split import Plan, Work, balance, part, plan
+from dnipipe.split import Plan, balance, part, plan
 
 X, Y = torch.randn(6, 8), torch.randint(3, (6,))
 
@@ -58,7 +59,7 @@ def test_balance_gives_each_stage_something_to_train() -> None:
 
 def test_stages_before_the_last_count_what_their_rule_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)])  # each 1 s forward, 2 s back
-    monkeypatch.setattr("dnipipe.split._measure", lambda *_: ([1.0] * 8, [2.0] * 8, [(X, None)] * 8, [False] * 8))
+    monkeypatch.setattr("dnipipe.split.measure", lambda *_: ([1.0] * 8, [2.0] * 8, [(X, None)] * 8, [False] * 8))
 
     def planned(work: Work) -> Plan:
         return plan(net, 2, (), X, Y, 8, work=lambda edge: work)
@@ -168,7 +169,7 @@ def test_a_cut_by_parameters_does_not_depend_on_time(monkeypatch: pytest.MonkeyP
     for slow, by_time in enumerate((1, 2, 2, 3)):
         times = [1.0 + 99.0 * (layer == slow) for layer in range(4)]
         measured = times, [0.0] * 4, [(torch.zeros(2, 2), None)] * 4, [False] * 4
-        monkeypatch.setattr("dnipipe.split._measure", lambda *_, measured=measured: measured)
+        monkeypatch.setattr("dnipipe.split.measure", lambda *_, measured=measured: measured)
         assert plan(model, 2, (), x, y, 2).boundaries == (by_time,)
         assert plan(model, 2, (), x, y, 2, by_time=False).boundaries == (2,)  # 320 + 4,160 and 520 + 18
 
