@@ -33,8 +33,8 @@ def guarded(
     handler = get_error_handler() if is_worker() else None
     if handler:
         handler.initialize()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
+        torch.set_num_threads(_threads())
         return 0, part(job, resume) if part else _training(job.config.transport.kind)(job, resume, name)
     except KeyboardInterrupt:  # before the loop, which ends in order (see Worker.interrupt)
         return 128 + signal.SIGINT, folder
@@ -52,6 +52,14 @@ def guarded(
             where = f"stage {os.environ['RANK']}: " if "RANK" in os.environ else ""
             sys.stderr.write(f"dnipipe: {where}{line}\n")  # in one piece: others write here too
         return error.exit_status if isinstance(error, DnipipeError) else 1, folder
+
+
+def _threads() -> int:
+    """Of one operation; 1 unless OMP_NUM_THREADS says more. Raises ConfigError."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip() or "1"  # it may be a list, by nesting
+    if not said.isdecimal() or not int(said):
+        raise ConfigError(f"OMP_NUM_THREADS = {said!r}: expected a whole number, at least 1")
+    return int(said)
 
 
 def _training(kind: str) -> Callable[[Job, bool, str], Path]:

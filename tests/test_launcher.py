@@ -189,6 +189,18 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
     return run
 
 
+@pytest.mark.parametrize(("said", "threads"), [("", 1), ("3", 3), ("2,1", 2), ("all", None), ("0", None)])
+def test_a_number_of_threads_is_one_or_refused(
+    ending: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch, said: str, threads: int | None
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    status, recorded = ending(None)
+    assert (status, asked) == ((0, [threads]) if threads else (2, []))
+    assert threads or recorded == f"ConfigError: OMP_NUM_THREADS = '{said}': expected a whole number, at least 1"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "recorded"),
     [

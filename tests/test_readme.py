@@ -40,6 +40,15 @@ def test_the_example_of_ones_own_model(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "7972"
 
 
+def test_a_clone_beside_a_script_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """`git clone`, `pip install -e dnipipe`, and train.py in the same folder: Python finds that folder first."""
+    (tmp_path / "dnipipe").mkdir()
+    (tmp_path / "train.py").write_text("import dnipipe\nprint(dnipipe.Run.__name__)\n")
+    command, alone = [sys.executable, "train.py"], {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "Run\n", done.stderr
+
+
 def test_there_are_commands_to_check() -> None:
     assert len(COMMANDS) >= 3 and len(ROWS) >= 3
 
