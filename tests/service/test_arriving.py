@@ -74,10 +74,9 @@ def test_a_message_that_takes_for_ever_is_a_silence_in_the_end(pair: Pair, holde
     """After transport.timeout: or else whoever writes byte by byte would be waited for."""
     upper, lower = pair.stage(0), pair.stage(1)
     pair.until_spoken(upper, lower)
+    before = heard(upper)
     holder.holds, upper.timeout = True, 0.1
     lower.send(PREVIOUS, Gradient(2, torch.zeros(200_000)))  # a dozen pieces
-
-    before = heard(upper)
 
     def drips() -> bool:
         time.sleep(0.1)
