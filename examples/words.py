@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, choices=(1, 4), default=4)
     parser.add_argument("--batches", type=int, default=800)
     options = parser.parse_args()
-    words, count = numbered(options.file.read_text())
+    words, count = numbered(options.file.read_text(encoding="utf-8"))
     train, held_out = words[: len(words) * 9 // 10], words[len(words) * 9 // 10 :]
     torch.manual_seed(0)
     run = dnipipe.Run(
